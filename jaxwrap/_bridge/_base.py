@@ -1,0 +1,120 @@
+"""What a bridge is, and what all bridges share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Static, Tensor
+
+
+class BridgedFunction(Protocol):
+    """A flat function made callable, and differentiable, on one backend's tensors."""
+
+    def __call__(self, *tensors: Tensor) -> FlatResult:
+        """Takes and returns tensors where the flat function takes and returns arrays."""
+        ...
+
+
+class Bridge(Protocol):
+    """One backend, as jaxwrap sees it.
+
+    A bridge knows arrays and tensors. It knows nothing of Keras, of layers, or of pytrees.
+    """
+
+    name: str
+
+    def is_tensor(self, leaf: Any) -> bool:
+        """Whether `leaf` is data that `wrap`'s functions take: a tensor, or a JAX or NumPy array."""
+        ...
+
+    def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
+        """The shape (None for a dimension unknown while tracing) and the dtype's name."""
+        ...
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Keeps the backend's own compiler from rewriting the Python code of `fn`, and of what it calls."""
+        ...
+
+    def wrap(
+        self,
+        fn: FlatFunction,
+        roles: tuple[Role, ...],
+        platforms: tuple[str, ...] | None,
+    ) -> BridgedFunction:
+        """Makes `fn` callable on tensors.
+
+        Args:
+            fn: The flat function.
+            roles: The role of each argument.
+            platforms: The platforms to compile for where the function is put into a graph that outlives the process;
+                None means the one it runs on.
+        """
+        ...
+
+
+def inexact(dtype: Any) -> bool:
+    """Whether values of `dtype` have gradients."""
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def check_dtype(name: str) -> None:
+    """Raises TypeError for the name of a dtype that JAX does not have."""
+    try:
+        jnp.dtype(name)
+    except TypeError:
+        supported = "bool, integers, floats (bfloat16 and float8 included) and complex numbers"
+        raise TypeError(
+            f"JAX has no dtype {name!r}; it has {supported}. Encode such data as numbers before this call."
+        ) from None
+
+
+def restrict(
+    fn: FlatFunction, wrt: tuple[int, ...], arrays: tuple[Array, ...]
+) -> tuple[Any, list[Array]]:
+    """`fn` as a function of the arguments `wrt` alone, returning (float outputs, (other outputs, aux, static)).
+
+    That is the form `jax.vjp(..., has_aux=True)` takes, without a `float0` anywhere: outputs that are no floats are
+    moved to the auxiliary part, with None in the place of each float.
+    """
+
+    def restricted(*chosen: Array) -> tuple[list[Array], tuple[Any, ...]]:
+        merged = list(arrays)
+        for index, array in zip(wrt, chosen, strict=True):
+            merged[index] = array
+        outputs, aux, static = fn(*merged)
+        floats = [output for output in outputs if inexact(output.dtype)]
+        others = tuple(None if inexact(output.dtype) else output for output in outputs)
+        return floats, (others, aux, static)
+
+    return restricted, [arrays[index] for index in wrt]
+
+
+def vjp(fn: FlatFunction, wrt: tuple[int, ...], arity: int) -> FlatFunction:
+    """The vjp of a flat function as a flat function, so that it can be bridged, and differentiated, in its turn.
+
+    It takes the `arity` arguments of `fn` and then one cotangent for each float output, and returns one cotangent for
+    each argument in `wrt`. Complex cotangents follow the convention of TensorFlow and PyTorch, the conjugate of JAX's.
+    """
+
+    def vjp_fn(*arrays: Array) -> FlatResult:
+        restricted, primals = restrict(fn, wrt, arrays[:arity])
+        _, pullback, _ = jax.vjp(restricted, *primals, has_aux=True)
+        gradients = pullback([conjugate(cotangent) for cotangent in arrays[arity:]])
+        return FlatResult(tuple(conjugate(gradient) for gradient in gradients), (), Static(None))
+
+    return vjp_fn
+
+
+def vjp_roles(roles: tuple[Role, ...], cotangents: int) -> tuple[Role, ...]:
+    """The roles of the arguments of `vjp`'s function. What was state is kept by the tape and changes no more."""
+    kept = (Role.CONSTANT if role is Role.STATE else role for role in roles)
+    return (*kept, *(Role.DIFFERENTIABLE,) * cotangents)
+
+
+def conjugate(array: Array) -> Array:
+    """`array`, conjugated if complex."""
+    return jnp.conj(array) if jnp.issubdtype(array.dtype, jnp.complexfloating) else array

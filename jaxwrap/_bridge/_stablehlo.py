@@ -1,0 +1,114 @@
+"""JAX functions as StableHLO artifacts of a version that an older reader understands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.interpreters.mlir import make_ir_context
+from jaxlib.mlir import ir, passmanager
+from jaxlib.mlir.dialects import stablehlo
+
+Shape = tuple[int | None, ...]
+
+# Composites (exact gelu among them) hide from TensorFlow's shape refinement what their bodies compute.
+_PASSES = "builtin.module(func.func(stablehlo-legalize-composite-to-call),inline)"
+
+stablehlo.register_stablehlo_passes()
+
+
+class Artifact(NamedTuple):
+    """An exported function.
+
+    Attributes:
+        module: The portable bytecode.
+        exported: What `jax.export` says of it: kept arguments, platforms, output avals and output tree.
+    """
+
+    module: bytes
+    exported: jax.export.Exported
+
+
+def export(
+    jitted: Any,
+    specs: Sequence[tuple[Shape, str]],
+    platforms: tuple[str, ...] | None,
+    version: str,
+) -> Artifact:
+    """Exports a jitted function of arrays.
+
+    Args:
+        jitted: A function under `jax.jit`.
+        specs: The shape and dtype of each argument; a dimension that is None may take any size.
+        platforms: The platforms to lower for, in the terms of `jax.export`; None for the present one.
+        version: The StableHLO version to write, "1.13.0" say.
+
+    Raises:
+        Exception: What the function raised with independent unknown sizes, if no way to tie them helps.
+    """
+    error = None
+    for arguments in _symbolic(specs):
+        try:
+            exported = jax.export.export(jitted, platforms=platforms)(*arguments)
+        except Exception as raised:
+            error = error or raised
+        else:
+            return Artifact(_serialize(exported.mlir_module(), version), exported)
+    assert error is not None
+    error.add_note(
+        "jaxwrap traced the function for arguments "
+        + ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
+        + ", where each None stands for a size that is unknown while the graph is built. If the function needs to know "
+        "such a size, give it: set the shape of the input, or batch_size in keras.Input."
+    )
+    raise error
+
+
+def _symbolic(specs: Sequence[tuple[Shape, str]]) -> Iterator[list[jax.ShapeDtypeStruct]]:
+    """The arguments with a symbol for each None, from independent symbols to all the same.
+
+    A function that adds two arguments needs their unknown sizes to be equal. It is told no more than it needs.
+    """
+    unknown = [
+        (argument, axis)
+        for argument, (shape, _) in enumerate(specs)
+        for axis, size in enumerate(shape)
+        if size is None
+    ]
+    ways = [
+        [f"d{argument}_{axis}" for argument, axis in unknown],
+        [f"d{argument}_{axis}" if axis else "batch" for argument, axis in unknown],
+        [f"axis{axis}" for _, axis in unknown],
+        [f"end{len(specs[argument][0]) - axis}" for argument, axis in unknown],
+        ["size" for _ in unknown],
+    ]
+    tried = []
+    for names in ways:
+        partition = [names.index(name) for name in names]
+        if partition in tried:
+            continue
+        tried.append(partition)
+        symbols = dict(zip(sorted(set(names)), _symbols(sorted(set(names))), strict=True))
+        named = dict(zip(unknown, names, strict=True))
+        yield [
+            jax.ShapeDtypeStruct(
+                [
+                    symbols[named[argument, axis]] if size is None else size
+                    for axis, size in enumerate(shape)
+                ],
+                dtype,
+            )
+            for argument, (shape, dtype) in enumerate(specs)
+        ]
+
+
+def _symbols(names: list[str]) -> tuple[Any, ...]:
+    return jax.export.symbolic_shape(",".join(names)) if names else ()
+
+
+def _serialize(text: str, version: str) -> bytes:
+    with make_ir_context():
+        module = ir.Module.parse(text)
+        passmanager.PassManager.parse(_PASSES).run(module.operation)
+        return stablehlo.serialize_portable_artifact_str(str(module), version)

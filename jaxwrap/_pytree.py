@@ -1,0 +1,150 @@
+"""Pytree ⇄ ordered arrays, with what is no array kept aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jaxwrap._typing import PyTree
+
+KeyPath = tuple[Any, ...]
+
+
+class _Array:
+    """Stands for an array in the place of its leaf."""
+
+    def __repr__(self) -> str:
+        return "<array>"
+
+
+ARRAY = _Array()
+
+
+class Structure:
+    """The shape of a pytree without its arrays: the treedef, and the leaves that are not arrays.
+
+    Structures are equal, and hash alike, when their treedefs are equal and so are their static leaves, in type and
+    value: `True`, `1` and `1.0` differ. A static leaf that cannot be hashed equals itself only.
+
+    Attributes:
+        treedef: The `jax.tree_util` treedef.
+        leaves: One entry per leaf: `ARRAY`, or the static leaf itself.
+    """
+
+    __slots__ = ("_hash", "_key", "leaves", "treedef")
+
+    def __init__(self, treedef: jax.tree_util.PyTreeDef, leaves: Sequence[Any]):
+        self.treedef = treedef
+        self.leaves = tuple(leaves)
+        self._key = tuple(_static_key(leaf) for leaf in self.leaves)
+        self._hash = hash((treedef, self._key))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Structure)
+            and self._hash == other._hash
+            and self.treedef == other.treedef
+            and self._key == other._key
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def unflatten(self, arrays: Iterable[Any]) -> PyTree:
+        """Rebuilds the pytree with `arrays`, in leaf order, where the arrays were."""
+        arrays = iter(arrays)
+        return self.treedef.unflatten(
+            [next(arrays) if leaf is ARRAY else leaf for leaf in self.leaves]
+        )
+
+    def key_paths(self) -> list[KeyPath]:
+        """The key path of every leaf, static ones included, in leaf order."""
+        tree = self.treedef.unflatten(range(self.treedef.num_leaves))
+        return [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+    def array_paths(self) -> list[str]:
+        """The printed path of every array, in leaf order."""
+        paths = self.key_paths()
+        return [
+            path_str(path)
+            for path, leaf in zip(paths, self.leaves, strict=True)
+            if leaf is ARRAY
+        ]
+
+
+def partition(tree: PyTree, is_array: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
+    """Splits a pytree into its arrays, in leaf order, and the `Structure` that rebuilds it."""
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    arrays, kept = [], []
+    for leaf in leaves:
+        if is_array(leaf):
+            arrays.append(leaf)
+            kept.append(ARRAY)
+        else:
+            kept.append(leaf)
+    return arrays, Structure(treedef, kept)
+
+
+def path_str(path: KeyPath) -> str:
+    """A key path as people read it: `params/Dense_0/kernel`; the root is `<root>`."""
+    return "/".join(key_name(key) for key in path) or "<root>"
+
+
+def key_name(key: Any) -> str:
+    """The bare name of one step of a key path: the dict key, the index or the attribute."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def describe_difference(expected: Structure, received: Structure) -> str | None:
+    """Says in which paths two structures differ.
+
+    Containers of other types with the same paths (a `dict` for a `FrozenDict`, a list for a tuple) do not count.
+
+    Returns:
+        None if the leaves stand at the same paths, with equal static leaves, in the same order; else one line for
+        each path that is missing, unexpected or different.
+    """
+    if expected == received:
+        return None
+    before = dict(zip(map(path_str, expected.key_paths()), expected.leaves, strict=True))
+    after = dict(zip(map(path_str, received.key_paths()), received.leaves, strict=True))
+    lines = [f"  missing: {path}" for path in before if path not in after]
+    lines += [f"  unexpected: {path}" for path in after if path not in before]
+    lines += [
+        f"  changed: {path} was {before[path]!r}, is {after[path]!r}"
+        for path in before
+        if path in after and _static_key(before[path]) != _static_key(after[path])
+    ]
+    if not lines and list(before) != list(after):
+        lines = [f"  order: {list(before)} became {list(after)}"]
+    return "\n".join(lines) or None
+
+
+class _Identity:
+    """Makes a static leaf that cannot be hashed equal to itself only, and keeps it alive."""
+
+    __slots__ = ("leaf",)
+
+    def __init__(self, leaf: Any):
+        self.leaf = leaf
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.leaf is other.leaf
+
+    def __hash__(self) -> int:
+        return id(self.leaf)
+
+
+def _static_key(leaf: Any) -> Any:
+    if leaf is ARRAY:
+        return ARRAY
+    try:
+        hash(leaf)
+    except TypeError:
+        leaf = _Identity(leaf)
+    return (type(leaf), leaf)

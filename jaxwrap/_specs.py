@@ -1,0 +1,143 @@
+"""What is known of inputs before there are any: shapes, with None for unknown sizes, and dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxwrap._bridge._base import check_dtype
+from jaxwrap._pytree import path_str
+from jaxwrap._typing import Array, PyTree
+
+# Two sizes to try for unknown dimensions, prime ones first so that they equal no size that is known by accident, then
+# ones that can be divided by what functions like to divide by.
+_SIZES = ((83, 89), (96, 192), (64, 128), (1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One input: a pytree leaf, whatever its shape.
+
+    Attributes:
+        shape: The sizes; None for one that is unknown.
+        dtype: The name of the dtype.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    def fill(self, size: int) -> tuple[int, ...]:
+        """The shape with `size` for what is unknown."""
+        return tuple(size if known is None else known for known in self.shape)
+
+
+def read_specs(inputs: PyTree, read: Callable[[Any], tuple[Any, str]], owner: str) -> PyTree:
+    """The specs of a nest of tensors.
+
+    Args:
+        inputs: The nest.
+        read: Gives the shape and the dtype's name of one tensor; raises TypeError or ValueError if it has none.
+        owner: What errors begin with.
+
+    Raises:
+        TypeError: For a leaf that is no tensor, or of a dtype that JAX does not have.
+        ValueError: For a tensor of unknown rank.
+    """
+
+    def spec(path: Any, leaf: Any) -> Spec:
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"{owner}: input {path_str(path)} is {leaf!r}, a {type(leaf).__name__}; expected a tensor or an array."
+            )
+        try:
+            shape, dtype = read(leaf)
+            check_dtype(dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{owner}: input {path_str(path)}: {error}") from None
+        return Spec(tuple(shape), dtype)
+
+    return jax.tree_util.tree_map_with_path(spec, inputs)
+
+
+def specs_from_shapes(shapes: PyTree, dtypes: PyTree, owner: str) -> PyTree:
+    """The specs of a nest of shapes, as Keras hands them to `build`.
+
+    Args:
+        shapes: A shape, or a nest of them.
+        dtypes: One dtype for all, or a nest of the same form.
+        owner: What errors begin with.
+
+    Raises:
+        ValueError: If a shape is None.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten(shapes, is_leaf=lambda node: node is None or is_shape(node))
+    if not leaves or not all(map(is_shape, leaves)):
+        raise ValueError(
+            f"{owner}: cannot be built for the input shape {shapes!r}: JAX needs to know how many dimensions each "
+            "input has. Pass a tuple with None for each unknown size, such as (None, 8)."
+        )
+    names = [dtypes] * len(leaves) if isinstance(dtypes, str) else treedef.flatten_up_to(dtypes)
+    return treedef.unflatten(
+        Spec(tuple(shape), name) for shape, name in zip(leaves, names, strict=True)
+    )
+
+
+def is_shape(node: Any) -> bool:
+    """Whether a node of a nest of shapes is one shape."""
+    return isinstance(node, (tuple, list)) and all(size is None or isinstance(size, int) for size in node)
+
+
+def placeholders(specs: PyTree) -> PyTree:
+    """Inputs for `init_fn`: ones, or zeros for integers and bools, of size 1 where the size is unknown."""
+
+    def placeholder(spec: Spec) -> Array:
+        make = jnp.ones if jnp.issubdtype(spec.dtype, jnp.inexact) else jnp.zeros
+        return make(spec.fill(1), jax.dtypes.canonicalize_dtype(spec.dtype))
+
+    return jax.tree_util.tree_map(placeholder, specs)
+
+
+def abstract_call(fn: Callable[[PyTree], PyTree], specs: PyTree) -> PyTree:
+    """The specs of what a JAX function returns, computed without data.
+
+    A size of the outputs is unknown if it changes with the unknown sizes of the inputs. All of these are tried with
+    the same value, since a function may need them to be equal.
+
+    Args:
+        fn: A function of a nest of arrays.
+        specs: The specs of its inputs.
+
+    Returns:
+        The pytree that `fn` returns, with a `Spec` for each array.
+    """
+    leaves = jax.tree_util.tree_leaves(specs)
+    if all(None not in spec.shape for spec in leaves):
+        return jax.tree_util.tree_map(
+            lambda output: Spec(output.shape, output.dtype.name), _eval_shape(fn, specs, 1)
+        )
+    error = None
+    for sizes in _SIZES:
+        try:
+            first, second = (_eval_shape(fn, specs, size) for size in sizes)
+        except Exception as raised:
+            error = error or raised
+        else:
+            return jax.tree_util.tree_map(_merge, first, second)
+    assert error is not None
+    raise error
+
+
+def _eval_shape(fn: Callable[[PyTree], PyTree], specs: PyTree, size: int) -> PyTree:
+    def struct(spec: Spec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.fill(size), jax.dtypes.canonicalize_dtype(spec.dtype))
+
+    return jax.eval_shape(fn, jax.tree_util.tree_map(struct, specs))
+
+
+def _merge(first: jax.ShapeDtypeStruct, second: jax.ShapeDtypeStruct) -> Spec:
+    shape = tuple(one if one == two else None for one, two in zip(first.shape, second.shape, strict=True))
+    return Spec(shape, first.dtype.name)
