@@ -109,13 +109,12 @@ class JaxLayer(keras.layers.Layer):
         self._keep_dtypes = kwargs.get("dtype") is None
         self._base_seed = random.randint(1, 10**9) if seed is None else seed
         self._init_draws = 0
-        self._input_specs: Any = None
         self.seed_generator = (
             keras.random.SeedGenerator(self._base_seed) if "rng" in call_signature else None
         )
         self._function = PytreeFunction(self._call_flat, self._owner, self._platforms)
-        # Keras would wrap containers that it finds in attributes, and JAX not know them any more.
-        object.__setattr__(self, "_leaves", (None, None))
+        self._keep("_input_specs", None)
+        self._keep("_leaves", (None, None))
         if params is not None or state is not None:
             self._create_leaves(params, state)
 
@@ -158,7 +157,7 @@ class JaxLayer(keras.layers.Layer):
         # Keras hands `build` shapes only, and its own errors come after it has changed things.
         specs = read_specs(inputs, self._read_spec, self._owner)
         if not self.built:
-            self._input_specs = specs
+            self._keep("_input_specs", specs)
         return super().__call__(inputs, *args, **kwargs)
 
     def build(self, input_shape: Any) -> None:
@@ -168,7 +167,8 @@ class JaxLayer(keras.layers.Layer):
             input_shape: The shape of the inputs, or a nest of shapes.
         """
         if self._input_specs is None:
-            self._input_specs = specs_from_shapes(input_shape, self.variable_dtype, self._owner)
+            specs = specs_from_shapes(input_shape, self.variable_dtype, self._owner)
+            self._keep("_input_specs", specs)
         if self._needs_init:
             with jax.ensure_compile_time_eval():
                 params, state = self._init(placeholders(self._input_specs))
@@ -199,7 +199,7 @@ class JaxLayer(keras.layers.Layer):
         """Builds the layer for the shapes and dtypes that `get_build_config` gave."""
         shapes = config["input_shape"]
         dtypes = config.get("input_dtype", self.variable_dtype)
-        self._input_specs = specs_from_shapes(shapes, dtypes, self._owner)
+        self._keep("_input_specs", specs_from_shapes(shapes, dtypes, self._owner))
         self.build(shapes)
 
     @property
@@ -210,6 +210,10 @@ class JaxLayer(keras.layers.Layer):
     def _needs_init(self) -> bool:
         takes_variables = "params" in self._call_fn_signature or "state" in self._call_fn_signature
         return takes_variables and self._leaves == (None, None)
+
+    def _keep(self, name: str, tree: PyTree) -> None:
+        """Sets an attribute to a pytree as it is: Keras would wrap containers, and JAX not know them any more."""
+        object.__setattr__(self, name, tree)
 
     def _read_spec(self, tensor: Any) -> tuple[Any, str]:
         if isinstance(tensor, keras.KerasTensor):
@@ -238,7 +242,7 @@ class JaxLayer(keras.layers.Layer):
             else Leaves(self, tree, root=root, trainable=trainable, keep_dtypes=self._keep_dtypes)
             for tree, root, trainable in zip((params, state), roots, (True, False), strict=True)
         )
-        object.__setattr__(self, "_leaves", leaves)
+        self._keep("_leaves", leaves)
         self.tracked_params, self.tracked_state = map(_variables, leaves)
 
     # Calling.

@@ -1,0 +1,47 @@
+"""Fixtures. The backend is the one KERAS_BACKEND names; one that is missing fails the run."""
+
+import os
+
+import pytest
+
+NAME = os.environ.get("KERAS_BACKEND")
+if NAME is None:
+    raise pytest.UsageError("set KERAS_BACKEND to jax, tensorflow, torch or numpy to say what is to be tested")
+
+from backends import BACKENDS  # noqa: E402  (imports Keras, which fails where the backend is missing)
+
+BACKEND = BACKENDS[NAME]()
+
+
+def pytest_report_header():
+    import jax
+    import keras
+
+    return f"backend: {keras.config.backend()}, keras {keras.__version__}, jax {jax.__version__}"
+
+
+def pytest_generate_tests(metafunc):
+    if "mode" in metafunc.fixturenames:
+        metafunc.parametrize("mode", BACKEND.modes)
+
+
+def pytest_collection_modifyitems(config, items):
+    """What asks for gradients has no meaning where there are none: such tests are not of that backend."""
+    if not BACKEND.trains:
+        trains = [item for item in items if item.get_closest_marker("trains")]
+        items[:] = [item for item in items if item not in trains]
+        config.hook.pytest_deselected(items=trains)
+
+
+@pytest.fixture
+def backend():
+    return BACKEND
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    import keras
+
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_dtype_policy("float32")
