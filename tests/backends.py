@@ -16,9 +16,16 @@ import numpy as np
 
 
 def to_numpy(tree):
-    return jax.tree.map(
-        lambda leaf: keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf, tree
-    )
+    def convert(leaf):
+        if not keras.ops.is_tensor(leaf):
+            return leaf
+        if keras.config.backend() == "torch":
+            leaf = leaf.resolve_neg()  # NumPy knows no such views
+        if keras.config.backend() == "tensorflow":
+            return np.asarray(leaf.numpy())  # Keras fails for bfloat16 of rank 0
+        return keras.ops.convert_to_numpy(leaf)
+
+    return jax.tree.map(convert, tree)
 
 
 class Backend:

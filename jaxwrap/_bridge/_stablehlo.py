@@ -15,6 +15,9 @@ Shape = tuple[int | None, ...]
 # Composites (exact gelu among them) hide from TensorFlow's shape refinement what their bodies compute.
 _PASSES = "builtin.module(func.func(stablehlo-legalize-composite-to-call),inline)"
 
+# The API version of custom calls that are looked up in the runtime's own registry of typed handlers.
+_TYPED_FFI = 4
+
 stablehlo.register_stablehlo_passes()
 
 
@@ -110,5 +113,44 @@ def _symbols(names: list[str]) -> tuple[Any, ...]:
 def _serialize(text: str, version: str) -> bytes:
     with make_ir_context():
         module = ir.Module.parse(text)
+        custom_calls: list[Any] = []
+        _collect(module.operation, custom_calls)
+        _check_targets(custom_calls)
+        for call in custom_calls:
+            if _demands_one(call):
+                call.erase()
         passmanager.PassManager.parse(_PASSES).run(module.operation)
         return stablehlo.serialize_portable_artifact_str(str(module), version)
+
+
+def _collect(operation: Any, custom_calls: list[Any]) -> None:
+    for region in operation.regions:
+        for block in region:
+            for inner in block.operations:
+                if inner.operation.name == "stablehlo.custom_call":
+                    custom_calls.append(inner.operation)
+                _collect(inner.operation, custom_calls)
+
+
+def _check_targets(custom_calls: list[Any]) -> None:
+    """Raises for calls of C functions that only JAX's own runtime has, LAPACK's among them."""
+    foreign = sorted(
+        {
+            ir.StringAttr(call.attributes["call_target_name"]).value
+            for call in custom_calls
+            if "api_version" in call.attributes
+            and ir.IntegerAttr(call.attributes["api_version"]).value >= _TYPED_FFI
+        }
+    )
+    if foreign:
+        raise NotImplementedError(
+            f"the function calls {', '.join(foreign)}, which TensorFlow has no handler for in a graph. Run it eagerly "
+            "(`model.compile(..., run_eagerly=True)`, or outside of `tf.function`), or use the JAX or PyTorch backend."
+        )
+
+
+def _demands_one(call: Any) -> bool:
+    """Whether a custom call asserts that an unknown size is not zero, which JAX asks for and functions seldom need."""
+    if "error_message" not in call.attributes:
+        return False
+    return "Expected value >= 1" in ir.StringAttr(call.attributes["error_message"]).value
