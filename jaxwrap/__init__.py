@@ -1,10 +1,10 @@
 """jaxwrap: any pure JAX function, and any module of a JAX library, as a real Keras 3 layer on every Keras backend."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import JaxLayer
 from jaxwrap.adapters import FlaxLayer
 
 __all__ = ["FlaxLayer", "JaxLayer", "wrap_function"]
-__version__ = version("jaxwrap")
+__version__ = _version("jaxwrap")

@@ -9,18 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._function import PytreeFunction
-from jaxwrap._pytree import describe_difference, partition, path_str
-from jaxwrap._rng import init_seed, to_key
-from jaxwrap._signature import Signature
-from jaxwrap._specs import Spec, abstract_call, placeholders, read_specs, specs_from_shapes
+from jaxwrap._pure import PureFunctions
+from jaxwrap._pytree import describe_difference, is_leaf_array, partition, path_str
+from jaxwrap._rng import draw, init_seed, to_key
+from jaxwrap._specs import (
+    Spec,
+    abstract_call,
+    is_plain,
+    placeholders,
+    read_specs,
+    specs_from_shapes,
+)
 from jaxwrap._typing import PyTree
-from jaxwrap._variables import Leaves, is_leaf_array
+from jaxwrap._variables import Leaves
 
-_CALL_ARGUMENTS = ("params", "state", "rng", "inputs", "training")
-_INIT_ARGUMENTS = ("rng", "inputs", "training")
+# The name of the seed in a weights file.
+_SEED = "seed"
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
@@ -87,46 +95,47 @@ class JaxLayer(keras.layers.Layer):
         **kwargs: Any,
     ):
         owner = f"{type(self).__name__} {kwargs.get('name') or getattr(call_fn, '__name__', '')!r}"
-        call_signature = Signature(call_fn, "call_fn", _CALL_ARGUMENTS, ("inputs",), owner)
-        init_signature = (
-            Signature(init_fn, "init_fn", _INIT_ARGUMENTS, ("inputs",), owner) if init_fn else None
-        )
-        wants = [name for name in ("params", "state") if name in call_signature]
-        if wants and init_fn is None and params is None and state is None:
+        pure = PureFunctions(call_fn, init_fn, owner)
+        if pure.variables and init_fn is None and params is None and state is None:
+            wanted = " and ".join(f"`{name}`" for name in pure.variables)
             raise ValueError(
-                f"{owner}: `call_fn` takes {' and '.join(f'`{name}`' for name in wants)}, but `init_fn`, `params` and "
-                f"`state` are all None. Give `init_fn` to make them when the layer is built, or give their values."
+                f"{owner}: `call_fn` takes {wanted}, but `init_fn`, `params` and `state` are all None. Give `init_fn` "
+                "to make them when the layer is built, or give their values."
             )
         if seed is not None and not isinstance(seed, int):
             raise ValueError(f"{owner}: `seed` must be an integer or None; received {seed!r}.")
         super().__init__(**kwargs)
         self.call_fn = call_fn
         self.init_fn = init_fn
-        self._call_fn_signature = call_signature
-        self._init_fn_signature = init_signature
+        self._pure = pure
         self._seed = seed
         self._platforms = tuple(native_serialization_platforms or ()) or None
         self._keep_dtypes = kwargs.get("dtype") is None
         self._base_seed = random.randint(1, 10**9) if seed is None else seed
         self._init_draws = 0
-        self.seed_generator = (
-            keras.random.SeedGenerator(self._base_seed) if "rng" in call_signature else None
-        )
+        with keras.name_scope(self.name, caller=self):
+            self.seed_generator = (
+                keras.random.SeedGenerator(self._base_seed, name="seed_generator")
+                if pure.has_rng
+                else None
+            )
+        self._opaque_call = get_bridge().opaque(self._checked_call)
         self._function = PytreeFunction(self._call_flat, self._owner, self._platforms)
         self._keep("_input_specs", None)
-        self._keep("_leaves", (None, None))
-        if params is not None or state is not None:
+        self._keep("_nests", set())
+        self._keep("_leaves", None)
+        if params is not None or state is not None or not pure.variables:
             self._create_leaves(params, state)
 
     @property
     def params(self) -> PyTree:
         """The trainable parameters: the user's pytree, with a `keras.Variable` for each array or number."""
-        return self._leaves[0].tree if self._leaves[0] else None
+        return self._leaves[0].tree if self._leaves else None
 
     @property
     def state(self) -> PyTree:
         """The non-trainable state: the user's pytree, with a `keras.Variable` for each array or number."""
-        return self._leaves[1].tree if self._leaves[1] else None
+        return self._leaves[1].tree if self._leaves else None
 
     # What subclasses may override.
 
@@ -141,6 +150,7 @@ class JaxLayer(keras.layers.Layer):
 
     def _get_call_seed(self) -> Any:
         """A new seed for one call: an integer tensor of shape (2,)."""
+        assert self.seed_generator is not None, "`call_fn` takes no `rng`"
         return self.seed_generator.next()
 
     def _get_call_rng(self, training: bool) -> PyTree:
@@ -154,10 +164,14 @@ class JaxLayer(keras.layers.Layer):
     # Building.
 
     def __call__(self, inputs: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        """Calls the layer, as every Keras layer is called."""
+        return self._opaque_call(inputs, *args, **kwargs)
+
+    def _checked_call(self, inputs: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         # Keras hands `build` shapes only, and its own errors come after it has changed things.
         specs = read_specs(inputs, self._read_spec, self._owner)
         if not self.built:
-            self._keep("_input_specs", specs)
+            self._keep("_input_specs", jax.tree_util.tree_map(self._seen_by_init, specs))
         return super().__call__(inputs, *args, **kwargs)
 
     def build(self, input_shape: Any) -> None:
@@ -169,7 +183,7 @@ class JaxLayer(keras.layers.Layer):
         if self._input_specs is None:
             specs = specs_from_shapes(input_shape, self.variable_dtype, self._owner)
             self._keep("_input_specs", specs)
-        if self._needs_init:
+        if self._leaves is None:
             with jax.ensure_compile_time_eval():
                 params, state = self._init(placeholders(self._input_specs))
             traced = [
@@ -188,7 +202,7 @@ class JaxLayer(keras.layers.Layer):
 
     def get_build_config(self) -> dict[str, Any] | None:
         """The shapes and dtypes of the inputs that the layer was built for."""
-        if self._input_specs is None or not _is_plain(self._input_specs):
+        if self._input_specs is None or not is_plain(self._input_specs):
             return None
         return {
             "input_shape": jax.tree_util.tree_map(lambda spec: spec.shape, self._input_specs),
@@ -206,44 +220,33 @@ class JaxLayer(keras.layers.Layer):
     def _owner(self) -> str:
         return f"{type(self).__name__} {self.name!r}"
 
-    @property
-    def _needs_init(self) -> bool:
-        takes_variables = "params" in self._call_fn_signature or "state" in self._call_fn_signature
-        return takes_variables and self._leaves == (None, None)
-
     def _keep(self, name: str, tree: PyTree) -> None:
         """Sets an attribute to a pytree as it is: Keras would wrap containers, and JAX not know them any more."""
         object.__setattr__(self, name, tree)
 
     def _read_spec(self, tensor: Any) -> tuple[Any, str]:
         if isinstance(tensor, keras.KerasTensor):
-            shape, dtype = tensor.shape, tensor.dtype
-        else:
-            shape, dtype = get_bridge().spec(tensor)
-        if self.autocast and keras.backend.is_float_dtype(dtype):
-            # Keras casts it for each call; `init_fn` sees it at the precision of the variables.
-            dtype = self.variable_dtype
-        return shape, dtype
+            return tensor.shape, tensor.dtype
+        return get_bridge().spec(tensor)
+
+    def _seen_by_init(self, spec: Spec) -> Spec:
+        """What Keras casts for each call, `init_fn` sees at the precision of the variables."""
+        if self.autocast and jnp.issubdtype(spec.dtype, jnp.floating):
+            return Spec(spec.shape, self.variable_dtype)
+        return spec
 
     def _init(self, inputs: PyTree) -> tuple[PyTree, PyTree]:
-        """Calls `init_fn`, and returns `(params, state)`."""
         rng = jax.tree_util.tree_map(to_key, self._get_init_rng())
-        values = {"rng": rng, "inputs": inputs, "training": True}
-        made = self._init_fn_signature.call(self.init_fn, values)
-        if "state" not in self._call_fn_signature:
-            return made, None
-        return self._pair(made, "init_fn", "(params, state)")
+        return self._pure.init(rng, inputs)
 
     def _create_leaves(self, params: PyTree, state: PyTree) -> None:
         roots = self._variable_roots()
         leaves = tuple(
-            None
-            if tree is None
-            else Leaves(self, tree, root=root, trainable=trainable, keep_dtypes=self._keep_dtypes)
+            Leaves(self, tree, root=root, trainable=trainable, keep_dtypes=self._keep_dtypes)
             for tree, root, trainable in zip((params, state), roots, (True, False), strict=True)
         )
         self._keep("_leaves", leaves)
-        self.tracked_params, self.tracked_state = map(_variables, leaves)
+        self.tracked_params, self.tracked_state = (part.variables for part in leaves)
 
     # Calling.
 
@@ -260,7 +263,8 @@ class JaxLayer(keras.layers.Layer):
         Raises:
             ValueError: If the new state differs from the old in structure or shapes. No state is assigned then.
         """
-        params, state = map(_variables, self._leaves)
+        self._check_nest(inputs, bool(training))
+        params, state = (leaves.variables for leaves in self._leaves)
         trained = [variable.trainable for variable in params]
         rng, updates = self._draw(bool(training))
         outputs, new_state = self._function(
@@ -292,129 +296,100 @@ class JaxLayer(keras.layers.Layer):
         Returns:
             The nest of the outputs, with a `keras.KerasTensor` for each.
         """
-        rng, _ = self._draw(bool(training))
+        specs = read_specs(inputs, self._read_spec, self._owner)
+        return jax.tree_util.tree_map(
+            lambda spec: keras.KerasTensor(spec.shape, spec.dtype),
+            self._output_specs(specs, bool(training)),
+        )
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape of the outputs, or the nest of them, for inputs of the variable dtype."""
+        specs = specs_from_shapes(input_shape, self.variable_dtype, self._owner)
+        return jax.tree_util.tree_map(lambda spec: spec.shape, self._output_specs(specs, False))
+
+    def _output_specs(self, specs: PyTree, training: bool) -> PyTree:
+        rng, _ = self._draw(training)
 
         def outputs_of(inputs: PyTree) -> PyTree:
             keys = jax.tree_util.tree_map(lambda _: jnp.zeros(2, jnp.uint32), rng)
             params, state = (
-                self._init(inputs) if self._needs_init else map(self._zeros, self._leaves)
+                self._init(inputs)
+                if self._leaves is None
+                else (leaves.zeros(self.compute_dtype) for leaves in self._leaves)
             )
-            return self._compute(params, state, keys, inputs, bool(training))[0]
+            return self._pure.call(params, state, keys, inputs, training)[0]
 
-        specs = read_specs(inputs, lambda tensor: (tensor.shape, tensor.dtype), self._owner)
-        return jax.tree_util.tree_map(
-            lambda spec: keras.KerasTensor(spec.shape, spec.dtype), abstract_call(outputs_of, specs)
-        )
+        return abstract_call(outputs_of, specs)
+
+    def _check_nest(self, inputs: PyTree, training: bool) -> None:
+        """Tries inputs of another structure than the layer was built for, before anything is drawn or assigned."""
+        _, received = partition(inputs, is_leaf_array)
+        if received in self._nests:
+            return
+        _, built = partition(self._input_specs, lambda leaf: isinstance(leaf, Spec))
+        if received != built:
+            try:
+                self._output_specs(read_specs(inputs, self._read_spec, self._owner), training)
+            except Exception as error:
+                difference = describe_difference(built, received) or "  other containers"
+                raise ValueError(
+                    f"{self._owner}: `call_fn` fails for these inputs, whose structure is not the one that the layer "
+                    f"was built for:\n{difference}\nIt raised {type(error).__name__}: {error}"
+                ) from error
+        self._nests.add(received)
 
     def _draw(self, training: bool) -> tuple[PyTree, list[tuple[keras.Variable, Any]]]:
         """Draws the seeds of one call, and returns them with the updates to assign once the call has succeeded."""
         if self.seed_generator is None:
             return None, []
-        state = self.seed_generator.state
-        with keras.StatelessScope(state_mapping=[(state, state.value)]) as scope:
-            before = scope.get_current_value(state)
-            rng = self._get_call_rng(training)
-            after = scope.get_current_value(state)
-        return rng, [] if after is before else [(state, after)]
+        return draw(self.seed_generator.state, lambda: self._get_call_rng(training))
 
     def _call_flat(
-        self, differentiable: PyTree, constant: PyTree, state_values: PyTree
+        self, differentiable: PyTree, constant: PyTree, state: PyTree
     ) -> tuple[PyTree, PyTree]:
         """`call_fn` on lists of arrays, as it is bridged to the backend."""
         trained, frozen = iter(differentiable["params"]), iter(constant["frozen"])
-        arrays = (
-            [next(trained) if is_trained else next(frozen) for is_trained in constant["trained"]],
-            state_values,
+        params = [
+            next(trained) if is_trained else next(frozen) for is_trained in constant["trained"]
+        ]
+        outputs, new_state = self._pure.call(
+            self._leaves[0].decode(params),
+            self._leaves[1].decode(state),
+            jax.tree_util.tree_map(to_key, constant["rng"]),
+            differentiable["inputs"],
+            constant["training"],
         )
-        params, state = (
-            leaves and leaves.decode(values)
-            for leaves, values in zip(self._leaves, arrays, strict=True)
-        )
-        rng = jax.tree_util.tree_map(to_key, constant["rng"])
-        outputs, new_state = self._compute(
-            params, state, rng, differentiable["inputs"], constant["training"]
-        )
-        return outputs, self._encode_state(new_state)
-
-    def _compute(
-        self, params: PyTree, state: PyTree, rng: PyTree, inputs: PyTree, training: bool
-    ) -> tuple[PyTree, PyTree]:
-        """Calls `call_fn` while JAX traces; returns `(outputs, new_state)`."""
-        values = {
-            "params": params,
-            "state": state,
-            "rng": rng,
-            "inputs": inputs,
-            "training": training,
-        }
-        result = self._call_fn_signature.call(self.call_fn, values)
-        if "state" in self._call_fn_signature:
-            outputs, new_state = self._pair(result, "call_fn", "(outputs, new_state)")
-        else:
-            outputs, new_state = result, None
-        return jax.tree_util.tree_map_with_path(self._check_output, outputs), new_state
-
-    def _encode_state(self, new_state: PyTree) -> list[Any]:
-        """Checks a new state against the old; returns its arrays in the order of the variables."""
-        old = self._leaves[1]
-        values, received = partition(new_state, is_leaf_array)
-        expected = old.structure if old else partition(None, is_leaf_array)[1]
-        difference = describe_difference(expected, received)
-        if difference is None and old:
-            difference = "\n".join(
-                f"  shape: {path} was {tuple(variable.shape)}, is {jnp.shape(value)}"
-                for path, variable, value in zip(
-                    expected.array_paths(), old.variables, old.raw(values), strict=True
-                )
-                if tuple(variable.shape) != jnp.shape(value)
-            )
-        if difference:
-            raise ValueError(
-                f"{self._owner}: the new state that `call_fn` returned differs from the state it was given. No state "
-                f"has been changed. Return a state with the same paths and shapes.\n{difference}"
-            )
-        return old.encode(values) if old else []
-
-    def _check_output(self, path: Any, output: Any) -> Any:
-        if not is_leaf_array(output):
-            raise TypeError(
-                f"{self._owner}: `call_fn` returned {output!r}, a {type(output).__name__}, as output "
-                f"{path_str(path)}; expected arrays."
-            )
-        return jnp.asarray(output)
-
-    def _pair(self, result: Any, role: str, form: str) -> tuple[PyTree, PyTree]:
-        if not isinstance(result, (tuple, list)) or len(result) != 2:
-            raise ValueError(
-                f"{self._owner}: `call_fn` takes `state`, so `{role}` must return {form}; it returned a "
-                f"{type(result).__name__}"
-                + (f" of length {len(result)}." if isinstance(result, (tuple, list)) else ".")
-            )
-        return result[0], result[1]
-
-    def _zeros(self, leaves: Leaves | None) -> PyTree:
-        """The pytree as `call_fn` gets it, with zeros: for tracing."""
-        if leaves is None:
-            return None
-        return leaves.decode([jnp.zeros(v.shape, self._value_dtype(v)) for v in leaves.variables])
-
-    def _value_dtype(self, variable: keras.Variable) -> str:
-        mixed = self.compute_dtype != self.variable_dtype
-        if mixed and variable.autocast and keras.backend.is_float_dtype(variable.dtype):
-            return self.compute_dtype
-        return variable.dtype
+        return outputs, self._leaves[1].encode(new_state, self._owner)
 
     # Saving.
 
     def get_config(self) -> dict[str, Any]:
-        """The configuration, with the functions serialized as Keras does: register them."""
+        """The configuration; Keras has to be able to serialize the functions, so register them."""
         return {
             **super().get_config(),
-            "call_fn": keras.saving.serialize_keras_object(self.call_fn),
-            "init_fn": keras.saving.serialize_keras_object(self.init_fn),
+            **self._function_config(),
             "seed": self._seed,
             "native_serialization_platforms": self._platforms,
         }
+
+    def _function_config(self) -> dict[str, Any]:
+        """The part of the configuration from which the functions are made again."""
+        return {
+            "call_fn": keras.saving.serialize_keras_object(self.call_fn),
+            "init_fn": keras.saving.serialize_keras_object(self.init_fn),
+        }
+
+    def save_own_variables(self, store: Any) -> None:
+        """Stores the values of the variables, and the seed with its counter, which Keras leaves out."""
+        super().save_own_variables(store)
+        if self.seed_generator is not None:
+            store[_SEED] = keras.ops.convert_to_numpy(self.seed_generator.state).astype("int64")
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads what `save_own_variables` stored. A file without a seed leaves the layer's own."""
+        super().load_own_variables({name: store[name] for name in store.keys() if name != _SEED})  # noqa: SIM118
+        if self.seed_generator is not None and _SEED in store.keys():  # noqa: SIM118
+            self.seed_generator.state.assign(np.asarray(store[_SEED]).astype("uint32"))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> JaxLayer:
@@ -424,14 +399,3 @@ class JaxLayer(keras.layers.Layer):
             for name in ("call_fn", "init_fn")
         }
         return super().from_config({**config, **functions})
-
-
-def _variables(leaves: Leaves | None) -> list[keras.Variable]:
-    return leaves.variables if leaves else []
-
-
-def _is_plain(tree: PyTree) -> bool:
-    """Whether a nest is of dicts, lists and tuples only, which a file can hold."""
-    if type(tree) is dict:
-        return all(isinstance(key, str) and _is_plain(value) for key, value in tree.items())
-    return isinstance(tree, Spec) or (type(tree) in (list, tuple) and all(map(_is_plain, tree)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxwrap._typing import PyTree
 
@@ -20,6 +21,13 @@ class _Array:
 
 
 ARRAY = _Array()
+
+
+def is_leaf_array(leaf: Any) -> bool:
+    """Whether a leaf is data: an array or tensor of any library, or a number."""
+    return isinstance(leaf, (bool, int, float, complex, np.generic)) or (
+        hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+    )
 
 
 class Structure:
@@ -68,9 +76,7 @@ class Structure:
         """The printed path of every array, in leaf order."""
         paths = self.key_paths()
         return [
-            path_str(path)
-            for path, leaf in zip(paths, self.leaves, strict=True)
-            if leaf is ARRAY
+            path_str(path) for path, leaf in zip(paths, self.leaves, strict=True) if leaf is ARRAY
         ]
 
 

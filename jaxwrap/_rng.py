@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
+import keras
 import numpy as np
 
-from jaxwrap._typing import Array, Tensor
+from jaxwrap._typing import Array, PyTree, Tensor
 
 # Initial values are drawn from counters that calls do not reach.
 _INIT_COUNTER = 1 << 31
@@ -29,3 +32,22 @@ def to_key(seed: Tensor) -> Array:
 def init_seed(seed: int, count: int) -> np.ndarray:
     """The seed, of shape (2,), of the `count`-th draw of initial values."""
     return np.array([seed % (1 << 32), _INIT_COUNTER + count], "uint32")
+
+
+def draw(
+    state: keras.Variable, make: Callable[[], PyTree]
+) -> tuple[PyTree, list[tuple[keras.Variable, Tensor]]]:
+    """Draws seeds without changing the generator.
+
+    Args:
+        state: The variable of the generator.
+        make: Draws the seeds from it.
+
+    Returns:
+        What `make` returns, and the pairs of variable and value to assign once the seeds have served.
+    """
+    with keras.StatelessScope(state_mapping=[(state, state.value)]) as scope:
+        before = scope.get_current_value(state)
+        seeds = make()
+        after = scope.get_current_value(state)
+    return seeds, [] if after is before else [(state, after)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,7 +74,9 @@ def specs_from_shapes(shapes: PyTree, dtypes: PyTree, owner: str) -> PyTree:
     Raises:
         ValueError: If a shape is None.
     """
-    leaves, treedef = jax.tree_util.tree_flatten(shapes, is_leaf=lambda node: node is None or is_shape(node))
+    leaves, treedef = jax.tree_util.tree_flatten(
+        shapes, is_leaf=lambda node: node is None or is_shape(node)
+    )
     if not leaves or not all(map(is_shape, leaves)):
         raise ValueError(
             f"{owner}: cannot be built for the input shape {shapes!r}: JAX needs to know how many dimensions each "
@@ -88,7 +90,16 @@ def specs_from_shapes(shapes: PyTree, dtypes: PyTree, owner: str) -> PyTree:
 
 def is_shape(node: Any) -> bool:
     """Whether a node of a nest of shapes is one shape."""
-    return isinstance(node, (tuple, list)) and all(size is None or isinstance(size, int) for size in node)
+    return isinstance(node, (tuple, list)) and all(
+        size is None or isinstance(size, int) for size in node
+    )
+
+
+def is_plain(tree: PyTree) -> bool:
+    """Whether a nest is of dicts, lists and tuples only, which a file can hold."""
+    if type(tree) is dict:
+        return all(isinstance(key, str) and is_plain(value) for key, value in tree.items())
+    return isinstance(tree, Spec) or (type(tree) in (list, tuple) and all(map(is_plain, tree)))
 
 
 def placeholders(specs: PyTree) -> PyTree:
@@ -139,5 +150,7 @@ def _eval_shape(fn: Callable[[PyTree], PyTree], specs: PyTree, size: int) -> PyT
 
 
 def _merge(first: jax.ShapeDtypeStruct, second: jax.ShapeDtypeStruct) -> Spec:
-    shape = tuple(one if one == two else None for one, two in zip(first.shape, second.shape, strict=True))
+    shape = tuple(
+        one if one == two else None for one, two in zip(first.shape, second.shape, strict=True)
+    )
     return Spec(shape, first.dtype.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,13 +16,13 @@ PyTree = Any
 class Static:
     """A pytree without leaves that carries `value` through JAX's transformations.
 
-    What a flat function knows only once it has been traced (the structure of its outputs) thus comes out of
-    `jax.jit`, `jax.vjp` and `jax.export` beside the arrays, and is right for each cached trace.
+    What a flat function knows only once it has been traced (the structure of its outputs) thus comes out of `jax.jit`,
+    `jax.vjp` and `jax.export` beside the arrays, and is right for each cached trace. The value must be hashable.
     """
 
     __slots__ = ("value",)
 
-    def __init__(self, value: Hashable):
+    def __init__(self, value: Any):
         self.value = value
 
     def __eq__(self, other: object) -> bool:

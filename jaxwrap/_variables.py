@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from jaxwrap._bridge import inexact
-from jaxwrap._pytree import ARRAY, Structure, key_name, partition
+from jaxwrap._pytree import ARRAY, describe_difference, is_leaf_array, key_name, partition
 from jaxwrap._typing import Array, PyTree
 
 
@@ -53,12 +53,18 @@ class Leaves:
             if leaf is ARRAY
         ]
         names = unique_names([(*root, *map(key_name, path)) or ("value",) for path in paths])
+        # Where the compute dtype is that of the variables, Keras casts nothing.
+        self._autocast = trainable and layer.compute_dtype != layer.variable_dtype
         self.variables: list[keras.Variable] = []
         for value, name in zip(values, names, strict=True):
             initial = _own(value)
             follows = initial.dtype == jnp.float32 or not keep_dtypes
             dtype = layer.variable_dtype if follows and _is_real(initial) else str(initial.dtype)
-            self.variables.append(_create(layer, initial, dtype, name, trainable and inexact(initial.dtype), trainable))
+            self.variables.append(
+                _create(
+                    layer, initial, dtype, name, trainable and inexact(initial.dtype), trainable
+                )
+            )
         self.tree = self.structure.unflatten(self.variables)
 
     def decode(self, arrays: Sequence[Array]) -> PyTree:
@@ -68,26 +74,43 @@ class Leaves:
             for array, impl in zip(arrays, self._impls, strict=True)
         )
 
-    def raw(self, values: Sequence[Any]) -> list[Any]:
-        """The values of leaves in the form their variables hold: typed keys as their data."""
-        return [
-            value if impl is None else jax.random.key_data(value)
-            for value, impl in zip(values, self._impls, strict=True)
+    def zeros(self, compute_dtype: str) -> PyTree:
+        """The user's pytree with zeros for leaves, in the dtypes that a call gives them: for tracing."""
+
+        def dtype(variable: keras.Variable) -> str:
+            cast = self._autocast and jnp.issubdtype(variable.dtype, jnp.floating)
+            return compute_dtype if cast else variable.dtype
+
+        return self.decode([jnp.zeros(v.shape, dtype(v)) for v in self.variables])
+
+    def encode(self, tree: PyTree, owner: str) -> list[Array]:
+        """The inverse of `decode`, for a new state: checks it against the old; returns arrays for the variables.
+
+        Raises:
+            ValueError: If structure or shapes differ, with a line for each path where they do.
+        """
+        problem = (
+            f"{owner}: the new state that `call_fn` returned differs from the state it was given. No state has been "
+            "changed. Return a state with the same paths and shapes.\n"
+        )
+        values, received = partition(tree, is_leaf_array)
+        difference = describe_difference(self.structure, received)
+        if difference:
+            raise ValueError(problem + difference)
+        arrays = [
+            jnp.asarray(value if impl is None else jax.random.key_data(value), variable.dtype)
+            for value, impl, variable in zip(values, self._impls, self.variables, strict=True)
         ]
-
-    def encode(self, values: Sequence[Any]) -> list[Array]:
-        """The values of leaves as arrays to assign to the variables."""
-        return [
-            jnp.asarray(value, variable.dtype)
-            for value, variable in zip(self.raw(values), self.variables, strict=True)
+        shapes = [
+            f"  shape: {path} was {tuple(variable.shape)}, is {array.shape}"
+            for path, variable, array in zip(
+                self.structure.array_paths(), self.variables, arrays, strict=True
+            )
+            if tuple(variable.shape) != array.shape
         ]
-
-
-def is_leaf_array(leaf: Any) -> bool:
-    """Whether a leaf of `params` or `state` becomes a variable: an array or tensor of any library, or a number."""
-    return isinstance(leaf, (bool, int, float, complex, np.generic)) or (
-        hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
-    )
+        if shapes:
+            raise ValueError(problem + "\n".join(shapes))
+        return arrays
 
 
 def unique_names(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -122,7 +122,8 @@ class TensorFlow(Backend):
             return fn
         if mode == "batch":
             signature = [
-                tf.TensorSpec([None, *np.shape(array)[1:]], tf.as_dtype(array.dtype)) for array in arrays
+                tf.TensorSpec([None, *np.shape(array)[1:]], tf.as_dtype(array.dtype))
+                for array in arrays
             ]
             return tf.function(fn, input_signature=signature)
         return tf.function(fn, jit_compile=mode == "xla")
@@ -140,7 +141,9 @@ class TensorFlow(Backend):
                     for output, cotangent in zip(outputs, cotangents, strict=True)
                     if cotangent is not None
                 ]
-                total = tf.add_n([tf.reduce_sum(output * cotangent) for output, cotangent in floats])
+                total = tf.add_n(
+                    [tf.reduce_sum(output * cotangent) for output, cotangent in floats]
+                )
             return tape.gradient(total, chosen)
 
         arrays = [tf.convert_to_tensor(array) for array in arrays]
@@ -203,7 +206,9 @@ class Torch(Backend):
             for output, cotangent in zip(outputs, cotangents, strict=True)
             if cotangent is not None
         ]
-        return torch.autograd.grad(*map(list, [[p[0] for p in pairs], chosen, [p[1] for p in pairs]]))
+        return torch.autograd.grad(
+            *map(list, [[p[0] for p in pairs], chosen, [p[1] for p in pairs]])
+        )
 
     def penalty(self, fn, arrays, mode="eager"):
         import torch

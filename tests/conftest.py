@@ -6,7 +6,9 @@ import pytest
 
 NAME = os.environ.get("KERAS_BACKEND")
 if NAME is None:
-    raise pytest.UsageError("set KERAS_BACKEND to jax, tensorflow, torch or numpy to say what is to be tested")
+    raise pytest.UsageError(
+        "set KERAS_BACKEND to jax, tensorflow, torch or numpy to say what is to be tested"
+    )
 
 from backends import BACKENDS  # noqa: E402  (imports Keras, which fails where the backend is missing)
 

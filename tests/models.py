@@ -137,7 +137,10 @@ def static_call(params, inputs):
 def scan_init(rng, inputs):
     one, two = jax.random.split(rng)
     size = inputs.shape[-1]
-    return {"w": jax.random.normal(one, (size, size)) / 2, "u": jax.random.normal(two, (size, size)) / 2}
+    return {
+        "w": jax.random.normal(one, (size, size)) / 2,
+        "u": jax.random.normal(two, (size, size)) / 2,
+    }
 
 
 def scan_call(params, inputs):
@@ -250,7 +253,17 @@ class Saved(Cnn):
         return cls(**config)
 
 
-for function in (mlp_init, mlp_call, embed_init, embed_call, norm_init, norm_call, dropout_call, function_call, two_encode):
+for function in (
+    mlp_init,
+    mlp_call,
+    embed_init,
+    embed_call,
+    norm_init,
+    norm_call,
+    dropout_call,
+    function_call,
+    two_encode,
+):
     keras.saving.register_keras_serializable(package="tests")(function)
 
 
@@ -271,7 +284,11 @@ static_params = {
 }
 bfloat16_params = {"w": jnp.ones((4, 2), jnp.bfloat16) / 3, "b": jnp.zeros(2, jnp.bfloat16)}
 float16_params = {"w": np.ones((4, 2), "float16") / 3, "b": np.zeros(2, "float16")}
-empty_params = {"empty": np.zeros((0,), "float32"), "scale": np.float32(1.5), "unused": np.ones(3, "float32")}
+empty_params = {
+    "empty": np.zeros((0,), "float32"),
+    "scale": np.float32(1.5),
+    "unused": np.ones(3, "float32"),
+}
 
 MODELS = {
     model.name: model
@@ -299,9 +316,13 @@ MODELS = {
         Model("dropout", layer(dropout_call), floats(16)),
         Model("static leaves", layer(static_call, params=static_params), floats(3)),
         Model("scan", layer(scan_call, scan_init), floats(5, 4)),
-        Model("bfloat16 params", layer(half_call, params=bfloat16_params), floats(4), tolerance=3e-2),
+        Model(
+            "bfloat16 params", layer(half_call, params=bfloat16_params), floats(4), tolerance=3e-2
+        ),
         Model("float16 params", layer(half_call, params=float16_params), floats(4), tolerance=4e-3),
-        Model("zero-size, 0-d and unused params", layer(empty_call, params=empty_params), floats(2)),
+        Model(
+            "zero-size, 0-d and unused params", layer(empty_call, params=empty_params), floats(2)
+        ),
         Model("registered class", layer(affine_call, affine_init), floats(4)),
         Model(
             "bare leaves",

@@ -41,7 +41,9 @@ class Oracle:
         if layer.seed_generator is not None:
             key = jnp.asarray(to_numpy(layer.seed_generator.state.value).astype("uint32"))
             linen = hasattr(layer, "module")
-            self._rng = ({"dropout": key} if linen else key) if training else ({} if linen else None)
+            self._rng = (
+                ({"dropout": key} if linen else key) if training else ({} if linen else None)
+            )
         self._floats = [
             leaf
             for leaf in jax.tree.leaves((self._params, inputs))
@@ -57,9 +59,11 @@ class Oracle:
     def _call(self, floats):
         remaining = iter(floats)
         params, inputs = jax.tree.map(
-            lambda leaf: next(remaining)
-            if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, np.inexact)
-            else leaf,
+            lambda leaf: (
+                next(remaining)
+                if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, np.inexact)
+                else leaf
+            ),
             (self._params, self._inputs),
         )
         values = {

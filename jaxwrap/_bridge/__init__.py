@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 
-import keras
-
 from jaxwrap._bridge._base import Bridge, BridgedFunction, inexact
 
 __all__ = ["Bridge", "BridgedFunction", "get_bridge", "inexact"]
@@ -17,6 +15,28 @@ _BRIDGES = {
     "tensorflow": ("_tensorflow", "TensorFlowBridge"),
     "torch": ("_torch", "TorchBridge"),
 }
+_NAMES = ", ".join(map(repr, _BRIDGES))
+
+
+def _not_installed(error: ModuleNotFoundError) -> ImportError:
+    library = (error.name or str(error)).partition(".")[0]
+    if library not in _BRIDGES:
+        return ImportError(
+            f"{library!r}, which the Keras backend needs, is not installed. jaxwrap runs on the backends "
+            f"{_NAMES}: set the environment variable KERAS_BACKEND to one of these."
+        )
+    return ImportError(
+        f"the Keras backend needs {library!r}, which is not installed. Install it with "
+        f"`pip install jaxwrap[{library}]`, or set the environment variable KERAS_BACKEND to one of {_NAMES}."
+    )
+
+
+try:
+    import keras
+except (
+    ModuleNotFoundError
+) as error:  # Keras imports its backend, and does not say where the name came from
+    raise _not_installed(error) from error
 
 
 def get_bridge() -> Bridge:
@@ -33,14 +53,11 @@ def get_bridge() -> Bridge:
 def _load(backend: str) -> Bridge:
     if backend not in _BRIDGES:
         raise ValueError(
-            f"jaxwrap has no bridge for the Keras backend {backend!r}; it has bridges for "
-            f"{', '.join(map(repr, _BRIDGES))}. Set the environment variable KERAS_BACKEND to one of these."
+            f"jaxwrap has no bridge for the Keras backend {backend!r}; it has bridges for {_NAMES}. Set the "
+            "environment variable KERAS_BACKEND to one of these."
         )
     module, name = _BRIDGES[backend]
     try:
         return getattr(importlib.import_module(f"jaxwrap._bridge.{module}"), name)()
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"the Keras backend is {backend!r}, but {error.name!r} is not installed. Install it with "
-            f"`pip install jaxwrap[{backend}]`, or set KERAS_BACKEND to an installed backend."
-        ) from error
+        raise _not_installed(error) from error

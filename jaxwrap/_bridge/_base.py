@@ -64,12 +64,15 @@ def inexact(dtype: Any) -> bool:
 def check_dtype(name: str) -> None:
     """Raises TypeError for the name of a dtype that JAX does not have."""
     try:
-        jnp.dtype(name)
+        dtype = jnp.dtype(name)
+        known = jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool
     except TypeError:
-        supported = "bool, integers, floats (bfloat16 and float8 included) and complex numbers"
+        known = False
+    if not known:
         raise TypeError(
-            f"JAX has no dtype {name!r}; it has {supported}. Encode such data as numbers before this call."
-        ) from None
+            f"JAX has no dtype {name!r}; it has bool, integers, floats (bfloat16 and float8 included) and complex "
+            "numbers. Encode such data as numbers first."
+        )
 
 
 def restrict(

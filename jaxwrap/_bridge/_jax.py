@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwrap._bridge._base import BridgedFunction
+from jaxwrap._bridge._base import BridgedFunction, check_dtype
 from jaxwrap._typing import FlatFunction, FlatResult, Role, Tensor
 
 
@@ -21,6 +21,8 @@ class JaxBridge:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
     def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
+        if not isinstance(tensor, jax.Array):
+            check_dtype(str(tensor.dtype))
         return tuple(tensor.shape), str(tensor.dtype)
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:

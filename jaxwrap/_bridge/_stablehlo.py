@@ -15,9 +15,6 @@ Shape = tuple[int | None, ...]
 # Composites (exact gelu among them) hide from TensorFlow's shape refinement what their bodies compute.
 _PASSES = "builtin.module(func.func(stablehlo-legalize-composite-to-call),inline)"
 
-# The API version of custom calls that are looked up in the runtime's own registry of typed handlers.
-_TYPED_FFI = 4
-
 stablehlo.register_stablehlo_passes()
 
 
@@ -113,35 +110,28 @@ def _symbols(names: list[str]) -> tuple[Any, ...]:
 def _serialize(text: str, version: str) -> bytes:
     with make_ir_context():
         module = ir.Module.parse(text)
-        custom_calls: list[Any] = []
-        _collect(module.operation, custom_calls)
-        _check_targets(custom_calls)
-        for call in custom_calls:
+        calls = list(_custom_calls(module.operation))
+        _check_targets(calls)
+        for call in calls:
             if _demands_one(call):
                 call.erase()
         passmanager.PassManager.parse(_PASSES).run(module.operation)
         return stablehlo.serialize_portable_artifact_str(str(module), version)
 
 
-def _collect(operation: Any, custom_calls: list[Any]) -> None:
+def _custom_calls(operation: Any) -> Iterator[Any]:
     for region in operation.regions:
         for block in region:
             for inner in block.operations:
                 if inner.operation.name == "stablehlo.custom_call":
-                    custom_calls.append(inner.operation)
-                _collect(inner.operation, custom_calls)
+                    yield inner.operation
+                yield from _custom_calls(inner.operation)
 
 
-def _check_targets(custom_calls: list[Any]) -> None:
-    """Raises for calls of C functions that only JAX's own runtime has, LAPACK's among them."""
-    foreign = sorted(
-        {
-            ir.StringAttr(call.attributes["call_target_name"]).value
-            for call in custom_calls
-            if "api_version" in call.attributes
-            and ir.IntegerAttr(call.attributes["api_version"]).value >= _TYPED_FFI
-        }
-    )
+def _check_targets(calls: list[Any]) -> None:
+    """Raises for calls of functions that only JAX's own runtime has, LAPACK's among them; their names say so."""
+    targets = {ir.StringAttr(call.attributes["call_target_name"]).value for call in calls}
+    foreign = sorted(target for target in targets if target.endswith("_ffi"))
     if foreign:
         raise NotImplementedError(
             f"the function calls {', '.join(foreign)}, which TensorFlow has no handler for in a graph. Run it eagerly "

@@ -126,7 +126,7 @@ class _Function:
                 for aval in exported.out_avals
             ],
             platforms=[platform.upper() for platform in exported.platforms],
-            use_shardy_partitioner=True
+            use_shardy_partitioner=True,
         )
         return jax.tree_util.tree_unflatten(exported.out_tree, flat)
 

@@ -34,7 +34,7 @@ class TorchBridge:
         return tuple(tensor.shape), name
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        return fn
+        return torch.compiler.disable(fn)
 
     def wrap(
         self,
@@ -142,7 +142,9 @@ class _Record(torch.autograd.Function):
             torch.zeros(shape, dtype=dtype) if cotangents[index] is None else cotangents[index]
             for index, shape, dtype in ctx.floats
         ]
-        if torch.is_grad_enabled():  # backward(create_graph=True): its own derivative will be asked for
+        if (
+            torch.is_grad_enabled()
+        ):  # backward(create_graph=True): its own derivative will be asked for
             pullback = ctx.function.vjp(ctx.wrt, len(received))
             gradients = pullback(*tensors, *received).outputs
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,6 +49,11 @@ class FlaxLayer(JaxLayer):
         variables: PyTree = None,
         **kwargs: Any,
     ):
+        if variables is not None and not isinstance(variables, Mapping):
+            raise TypeError(
+                f"{type(self).__name__}: `variables` must be a dict of collections, as `module.init` returns it; "
+                f"received a {type(variables).__name__}."
+            )
         self.module = module
         self.method = method
         params, state = _split(variables)
@@ -97,15 +102,11 @@ class FlaxLayer(JaxLayer):
     def _variable_roots(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()  # the collections' names begin the paths already
 
-    def get_config(self) -> dict[str, Any]:
-        """The configuration, with the module serialized as Keras does: register its class."""
-        config = super().get_config()
-        del config["call_fn"], config["init_fn"]
+    def _function_config(self) -> dict[str, Any]:
         method = self.method
-        if getattr(method, "__self__", None) is self.module:
+        if inspect.ismethod(method) and method.__self__ is self.module:
             method = method.__name__
         return {
-            **config,
             "module": keras.saving.serialize_keras_object(self.module),
             "method": keras.saving.serialize_keras_object(method),
         }

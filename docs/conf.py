@@ -1,0 +1,44 @@
+"""How Sphinx builds the documentation."""
+
+import inspect
+import os
+from importlib.metadata import version as installed_version
+
+# autodoc imports jaxwrap, and with it Keras and one backend.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+project = "jaxwrap"
+author = "The jaxwrap authors"
+copyright = author  # noqa: A001 (the name that Sphinx reads)
+version = release = installed_version("jaxwrap")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+# `name` in a docstring is code, as in Markdown.
+default_role = "code"
+
+html_theme = "furo"
+html_title = f"jaxwrap {version}"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# Attributes that are properties too would be described twice otherwise.
+napoleon_use_ivar = True
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+
+def show_init_signature(app, what, name, obj, options, signature, return_annotation):
+    """Shows a layer's own arguments: autodoc reads them off Keras's `Layer.__new__(*args, **kwargs)`."""
+    if what != "class":
+        return None
+    parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(plain)), None
+
+
+def setup(app):
+    app.connect("autodoc-process-signature", show_init_signature)

@@ -1,0 +1,39 @@
+"""Every example in the README and the docs runs, and every example in a docstring."""
+
+import doctest
+import pathlib
+import re
+import sys
+import types
+
+import pytest
+
+import jaxwrap
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(?P<trains><!-- trains -->\n+)?```python\n(?P<code>.*?)```", re.DOTALL)
+
+
+def test_there_are_examples():
+    assert sum(len(BLOCK.findall((ROOT / page).read_text())) for page in PAGES) >= 6
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search((ROOT / p).read_text())])
+def test_page(page, backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Linen looks its classes up in their module.
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for block in BLOCK.finditer((ROOT / page).read_text()):
+        if block["trains"] and not backend.trains:
+            continue
+        exec(compile(block["code"], page, "exec"), vars(module))
+
+
+@pytest.mark.parametrize("name", jaxwrap.__all__)
+def test_docstring(name):
+    test = doctest.DocTestFinder().find(getattr(jaxwrap, name), name, globs={})[0]
+    assert test.examples, f"{name} has no example"
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert runner.run(test).failed == 0

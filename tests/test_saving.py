@@ -1,0 +1,134 @@
+"""`.keras` files, weights and exports, where functions and modules are registered as Keras asks."""
+
+import warnings
+
+import keras
+import models
+import numpy as np
+import pytest
+from backends import to_numpy
+
+from jaxwrap import FlaxLayer, JaxLayer
+
+
+def x(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype("float32")
+
+
+def tokens():
+    return np.random.default_rng(0).integers(0, 7, (3, 5)).astype("int32")
+
+
+def functional(layer, shape, dtype="float32"):
+    inputs = keras.Input(shape, dtype=dtype)
+    return keras.Model(inputs, layer(inputs))
+
+
+MODELS = {
+    "mlp": (
+        lambda: functional(JaxLayer(models.mlp_call, models.mlp_init, seed=3), (4,)),
+        lambda: x(3, 4),
+    ),
+    "norm": (
+        lambda: keras.Sequential([JaxLayer(models.norm_call, models.norm_init)]),
+        lambda: x(3, 4),
+    ),
+    "tokens": (
+        lambda: functional(JaxLayer(models.embed_call, models.embed_init), (5,), "int32"),
+        tokens,
+    ),
+    "dropout": (lambda: functional(JaxLayer(models.dropout_call, seed=1), (4,)), lambda: x(3, 4)),
+    "cnn": (lambda: functional(FlaxLayer(models.Saved(3)), (6, 6, 2)), lambda: x(3, 6, 6, 2)),
+    "method": (
+        lambda: functional(FlaxLayer(models.Saved(3), method="__call__"), (6, 6, 2)),
+        lambda: x(3, 6, 6, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_keras_file_gives_the_same_model(name, tmp_path, backend):
+    make, inputs = MODELS[name]
+    model, inputs = make(), inputs()
+    model(inputs)
+    if backend.trains and name != "tokens":
+        model.compile("sgd", "mse")
+        model.train_on_batch(inputs, np.zeros_like(to_numpy(model(inputs))))
+    path = tmp_path / "model.keras"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save(path)
+    loaded = keras.models.load_model(path)
+    np.testing.assert_allclose(to_numpy(loaded(inputs)), to_numpy(model(inputs)), 1e-6, 1e-6)
+    for one, two in zip(loaded.variables, model.variables, strict=True):
+        assert two.path.endswith(
+            one.path
+        )  # Keras builds the layers of a Sequential model before the model
+    # Seeds too: the next call in training draws what the saved model draws next.
+    np.testing.assert_allclose(
+        to_numpy(loaded(inputs, training=True)), to_numpy(model(inputs, training=True)), 1e-6, 1e-6
+    )
+
+
+def test_config_round_trip():
+    layer = JaxLayer(
+        models.norm_call,
+        models.norm_init,
+        seed=4,
+        native_serialization_platforms=["cpu"],
+        name="n",
+        dtype="mixed_bfloat16",
+        trainable=False,
+    )
+    config = layer.get_config()
+    again = JaxLayer.from_config(config)
+    assert again.get_config() == config
+    assert (again.call_fn, again.init_fn) == (models.norm_call, models.norm_init)
+    assert config["seed"] == 4
+
+
+def test_weights_file(tmp_path):
+    make, inputs = MODELS["cnn"]
+    one, two = make(), make()
+    one.save_weights(tmp_path / "w.weights.h5")
+    two.load_weights(tmp_path / "w.weights.h5")
+    np.testing.assert_allclose(to_numpy(two(inputs())), to_numpy(one(inputs())), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "norm", "tokens", "cnn"])
+def test_export_as_a_saved_model(name, tmp_path, backend):
+    """With any batch size, on the backends that Keras exports from; TensorFlow alone then runs it."""
+    if backend.name not in ("jax", "tensorflow"):
+        pytest.skip("Keras exports SavedModels from JAX and TensorFlow")
+    import tensorflow as tf
+
+    make, inputs = MODELS[name]
+    model, inputs = make(), inputs()
+    expected = to_numpy(model(inputs))
+    model.export(tmp_path / "exported", format="tf_saved_model", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "exported"))
+    np.testing.assert_allclose(served.serve(inputs), expected, 1e-5, 1e-5)
+    np.testing.assert_allclose(served.serve(inputs[:1]), expected[:1], 1e-5, 1e-5)
+
+
+def test_gradients_of_a_saved_model(tmp_path, backend):
+    if backend.name != "tensorflow":
+        pytest.skip("SavedModels with gradients are TensorFlow's")
+    import tensorflow as tf
+
+    model = MODELS["mlp"][0]()
+    module = tf.Module()
+    module.variables_of_model = [v.value for v in model.trainable_variables]
+    module.call = tf.function(lambda x: model(x), input_signature=[tf.TensorSpec((None, 4))])
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
+    tf.saved_model.save(module, str(tmp_path / "m"), options=options)
+    loaded = tf.saved_model.load(str(tmp_path / "m"))
+
+    def gradient(call):
+        value = tf.constant(x(3, 4))
+        with tf.GradientTape() as tape:
+            tape.watch(value)
+            total = tf.reduce_sum(call(value) ** 2)
+        return tape.gradient(total, value)
+
+    np.testing.assert_allclose(gradient(loaded.call), gradient(model), 1e-5, 1e-5)
