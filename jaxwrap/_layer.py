@@ -129,12 +129,12 @@ class JaxLayer(keras.layers.Layer):
 
     @property
     def params(self) -> PyTree:
-        """The trainable parameters: the user's pytree, with a `keras.Variable` for each array or number."""
+        """The trainable parameters as the user's pytree, with a `keras.Variable` for each array or number."""
         return self._leaves[0].tree if self._leaves else None
 
     @property
     def state(self) -> PyTree:
-        """The non-trainable state: the user's pytree, with a `keras.Variable` for each array or number."""
+        """The non-trainable state as the user's pytree, with a `keras.Variable` for each array or number."""
         return self._leaves[1].tree if self._leaves else None
 
     # What subclasses may override.
@@ -312,11 +312,10 @@ class JaxLayer(keras.layers.Layer):
 
         def outputs_of(inputs: PyTree) -> PyTree:
             keys = jax.tree_util.tree_map(lambda _: jnp.zeros(2, jnp.uint32), rng)
-            params, state = (
-                self._init(inputs)
-                if self._leaves is None
-                else (leaves.zeros(self.compute_dtype) for leaves in self._leaves)
-            )
+            if self._leaves is None:
+                params, state = self._init(inputs)
+            else:
+                params, state = (leaves.zeros(self.compute_dtype) for leaves in self._leaves)
             return self._pure.call(params, state, keys, inputs, training)[0]
 
         return abstract_call(outputs_of, specs)
@@ -383,7 +382,9 @@ class JaxLayer(keras.layers.Layer):
         """Stores the values of the variables, and the seed with its counter, which Keras leaves out."""
         super().save_own_variables(store)
         if self.seed_generator is not None:
-            store[_SEED] = keras.ops.convert_to_numpy(self.seed_generator.state).astype("int64")
+            store[_SEED] = keras.ops.convert_to_numpy(self.seed_generator.state.value).astype(
+                "int64"
+            )
 
     def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` stored. A file without a seed leaves the layer's own."""

@@ -28,11 +28,15 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What asks for gradients has no meaning where there are none: such tests are not of that backend."""
-    if not BACKEND.trains:
-        trains = [item for item in items if item.get_closest_marker("trains")]
-        items[:] = [item for item in items if item not in trains]
-        config.hook.pytest_deselected(items=trains)
+    """A test that has no meaning on this backend is none of its tests."""
+
+    def applies(item):
+        only = item.get_closest_marker("only")
+        trains = item.get_closest_marker("trains")
+        return (BACKEND.trains or not trains) and (not only or BACKEND.name in only.args)
+
+    config.hook.pytest_deselected(items=[item for item in items if not applies(item)])
+    items[:] = [item for item in items if applies(item)]
 
 
 @pytest.fixture

@@ -86,9 +86,8 @@ def test_build_with_an_unknown_rank(shape):
     assert layer.params is None
 
 
-def test_call_with_an_unknown_rank(backend):
-    if backend.name != "tensorflow":
-        pytest.skip("only TensorFlow has tensors of unknown rank")
+@pytest.mark.only("tensorflow")
+def test_call_with_an_unknown_rank():
     import tensorflow as tf
 
     layer = JaxLayer(models.mlp_call, models.mlp_init)
@@ -143,10 +142,8 @@ def test_nan_passes_unharmed():
     assert np.isnan(to_numpy(layer.state.value))
 
 
-@pytest.mark.trains
-def test_torch_notices_a_parameter_that_was_changed_in_place(backend):
-    if backend.name != "torch":
-        pytest.skip("only torch's tensors can be changed in place")
+@pytest.mark.only("torch")
+def test_torch_notices_a_parameter_that_was_changed_in_place():
     import torch
 
     layer = JaxLayer(models.mlp_call, models.mlp_init)

@@ -482,8 +482,6 @@ def test_overridden_rng_hooks():
 
 
 def test_build_inside_a_trace(mode, backend):
-    if mode == "batch":
-        pytest.skip("building is the same as in a graph")
     layer = mlp()
 
     def forward(inputs):
@@ -541,3 +539,22 @@ def test_every_model_of_the_table_makes_readable_unique_paths():
         paths = [v.path for v in layer.variables]
         assert len(set(paths)) == len(paths), name
         assert not any("variable" in path for path in paths), name
+
+
+@pytest.mark.only("torch")
+def test_torch_compile():
+    """The compiler leaves the layer to itself, and the rest of the model is right around it."""
+    import torch
+
+    model = functional()
+    inputs = keras.ops.convert_to_tensor(x(6, 4))
+    expected = to_numpy(model(inputs))
+    compiled = torch.compile(model, backend="eager")
+    np.testing.assert_allclose(to_numpy(compiled(inputs)), expected, 1e-6, 1e-6)
+    model.zero_grad()
+    compiled(inputs).sum().backward()
+    gradients = [to_numpy(v.value.grad) for v in model.trainable_variables]
+    model.zero_grad()
+    model(inputs).sum().backward()
+    for one, two in zip(gradients, model.trainable_variables, strict=True):
+        np.testing.assert_allclose(one, to_numpy(two.value.grad), 1e-5, 1e-5)

@@ -95,11 +95,10 @@ def test_weights_file(tmp_path):
     np.testing.assert_allclose(to_numpy(two(inputs())), to_numpy(one(inputs())), 1e-6, 1e-6)
 
 
+@pytest.mark.only("jax", "tensorflow")
 @pytest.mark.parametrize("name", ["mlp", "norm", "tokens", "cnn"])
-def test_export_as_a_saved_model(name, tmp_path, backend):
+def test_export_as_a_saved_model(name, tmp_path):
     """With any batch size, on the backends that Keras exports from; TensorFlow alone then runs it."""
-    if backend.name not in ("jax", "tensorflow"):
-        pytest.skip("Keras exports SavedModels from JAX and TensorFlow")
     import tensorflow as tf
 
     make, inputs = MODELS[name]
@@ -111,9 +110,8 @@ def test_export_as_a_saved_model(name, tmp_path, backend):
     np.testing.assert_allclose(served.serve(inputs[:1]), expected[:1], 1e-5, 1e-5)
 
 
-def test_gradients_of_a_saved_model(tmp_path, backend):
-    if backend.name != "tensorflow":
-        pytest.skip("SavedModels with gradients are TensorFlow's")
+@pytest.mark.only("tensorflow")
+def test_gradients_of_a_saved_model(tmp_path):
     import tensorflow as tf
 
     model = MODELS["mlp"][0]()

@@ -45,24 +45,26 @@ def export(
         version: The StableHLO version to write, "1.13.0" say.
 
     Raises:
-        Exception: What the function raised with independent unknown sizes, if no way to tie them helps.
+        Exception: What the function raised, if all sizes are known.
+        ValueError: If they are not, and no way to tie them to each other helps.
     """
     error = None
     for arguments in _symbolic(specs):
         try:
             exported = jax.export.export(jitted, platforms=platforms)(*arguments)
         except Exception as raised:
+            if all(None not in shape for shape, _ in specs):
+                raise
             error = error or raised
         else:
             return Artifact(_serialize(exported.mlir_module(), version), exported)
     assert error is not None
-    error.add_note(
-        "jaxwrap traced the function for arguments "
-        + ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
-        + ", where each None stands for a size that is unknown while the graph is built. If the function needs to know "
-        "such a size, give it: set the shape of the input, or batch_size in keras.Input."
-    )
-    raise error
+    received = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
+    raise ValueError(
+        f"JAX cannot trace the function for arguments {received}, where each None stands for a size that is unknown "
+        "while the graph is built. If the function has to know such a size, give it: set the shape of the input, or "
+        f"`batch_size` in keras.Input. JAX says: {error}"
+    ) from error
 
 
 def _symbolic(specs: Sequence[tuple[Shape, str]]) -> Iterator[list[jax.ShapeDtypeStruct]]:
