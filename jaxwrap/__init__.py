@@ -2,9 +2,10 @@
 
 from importlib.metadata import version as _version
 
+from jaxwrap._export import export_saved_model
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import JaxLayer
 from jaxwrap.adapters import FlaxLayer
 
-__all__ = ["FlaxLayer", "JaxLayer", "wrap_function"]
+__all__ = ["FlaxLayer", "JaxLayer", "export_saved_model", "wrap_function"]
 __version__ = _version("jaxwrap")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwrap._bridge import BridgedFunction, get_bridge
+from jaxwrap._bridge import Bridge, BridgedFunction, get_bridge
 from jaxwrap._pytree import Structure, partition, path_str
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static
 
@@ -69,6 +69,7 @@ class PytreeFunction:
             through `aux`.
         name: How errors call the function.
         platforms: See `Bridge.wrap`.
+        bridge: The bridge to use; by default that of the current backend.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class PytreeFunction:
         fn: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
         name: str,
         platforms: tuple[str, ...] | None = None,
+        bridge: Bridge | None = None,
     ):
         self._fn = fn
         self._name = name
         self._platforms = platforms
-        self._bridge = get_bridge()
+        self._bridge = bridge or get_bridge()
         self._bridged: dict[tuple[Structure, ...], BridgedFunction] = {}
         self._opaque_call = self._bridge.opaque(self._call)
 

@@ -558,3 +558,17 @@ def test_torch_compile():
     model(inputs).sum().backward()
     for one, two in zip(gradients, model.trainable_variables, strict=True):
         np.testing.assert_allclose(one, to_numpy(two.value.grad), 1e-5, 1e-5)
+
+
+@pytest.mark.only("torch")
+def test_fit_in_a_compiled_step():
+    """As a model compiled on JAX, whose `jit_compile` a `.keras` file keeps, trains on torch."""
+    weights = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(1)
+        model = functional()
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        model.fit(x(8, 4), x(8, 3), epochs=2, batch_size=4, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    for one, two in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, two, 1e-5, 1e-5)

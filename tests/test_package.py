@@ -13,7 +13,7 @@ SOURCE = pathlib.Path(jaxwrap.__file__).parent
 # Left to right only.
 LAYERS = [
     ["__init__"],
-    ["adapters"],
+    ["adapters", "_export"],
     ["_layer"],
     ["_function", "_variables", "_specs", "_pure"],
     ["_bridge", "_pytree", "_signature", "_rng"],

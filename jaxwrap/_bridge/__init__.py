@@ -39,14 +39,14 @@ except (
     raise _not_installed(error) from error
 
 
-def get_bridge() -> Bridge:
-    """The bridge of the current Keras backend.
+def get_bridge(backend: str | None = None) -> Bridge:
+    """The bridge of a backend; by default that of the current Keras backend.
 
     Raises:
         ValueError: If there is none for that backend.
         ImportError: If the backend's library is not installed.
     """
-    return _load(keras.config.backend())
+    return _load(backend or keras.config.backend())
 
 
 @functools.cache

@@ -136,6 +136,7 @@ class _Record(torch.autograd.Function):
         return (*outputs, *aux)
 
     @staticmethod
+    @torch.compiler.disable  # inside a compiled training step `loss.backward()` would have it traced
     def backward(ctx, *cotangents):  # type: ignore[override]
         tensors = ctx.saved_tensors
         received = [

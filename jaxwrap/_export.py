@@ -1,0 +1,104 @@
+"""Models on the JAX backend as TensorFlow SavedModels."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import keras
+
+from jaxwrap._bridge import get_bridge
+from jaxwrap._function import PytreeFunction
+from jaxwrap._typing import PyTree
+
+
+def export_saved_model(
+    model: keras.Model, path: str | os.PathLike[str], input_signature: PyTree = None
+) -> None:
+    """Writes a Keras model of the JAX backend as a TensorFlow SavedModel, for inference with any batch size.
+
+    What is written is what `model.export(path, format="tf_saved_model")` writes: the endpoint `serve`, and the
+    variables. Keras's own way there ends in jax2tf, and what that writes with JAX 0.12, TensorFlow 2.21 cannot read.
+    This one writes what it can read. It takes any Keras model, with wrapped layers or without. On TensorFlow
+    `model.export` needs no help.
+
+    Args:
+        model: A built model.
+        path: The folder to write.
+        input_signature: A list with one item for each positional argument of the model: a nest of `keras.KerasTensor`
+            or `keras.InputSpec`, shapes having None for unknown sizes. By default the inputs that a functional or
+            sequential model was made of.
+
+    Raises:
+        RuntimeError: On a backend other than JAX.
+        ValueError: If the model has not been built, or it is a subclassed model and there is no `input_signature`.
+
+    Example:
+        >>> import keras, numpy as np, tempfile, jaxwrap
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> if keras.config.backend() == "jax":
+        ...     import tensorflow as tf
+        ...     with tempfile.TemporaryDirectory() as folder:
+        ...         jaxwrap.export_saved_model(model, folder)
+        ...         served = tf.saved_model.load(folder)
+        ...         assert served.serve(np.ones((3, 4), "float32")).shape == (3, 2)
+    """
+    if keras.config.backend() != "jax":
+        raise RuntimeError(
+            f"`export_saved_model` is for the JAX backend; this is {keras.config.backend()!r}. Use "
+            '`model.export(path, format="tf_saved_model")`.'
+        )
+    if not model.built:
+        raise ValueError(
+            f"Model {model.name!r} has no weights yet. Call or build it before it is exported."
+        )
+    bridge = get_bridge("tensorflow")
+    import tensorflow as tf
+
+    signature = _signature(model, input_signature)
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    trainable = list(archive.trainable_variables)
+    others = list(archive.non_trainable_variables)
+
+    def infer(values: PyTree, _: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        outputs, after = model.stateless_call(values["trainable"], state, *values["inputs"])
+        # What the model leaves alone is not written at each call.
+        changed = [new if new is not old else None for new, old in zip(after, state, strict=True)]
+        return outputs, changed
+
+    function = PytreeFunction(infer, f"model {model.name!r}", bridge=bridge)
+
+    def serve(*inputs: PyTree) -> PyTree:
+        outputs, changed = function({"trainable": trainable, "inputs": inputs}, (), others)
+        for variable, value in zip(others, changed, strict=True):
+            if value is not None:
+                variable.assign(value)
+        return outputs
+
+    endpoint = tf.function(serve, input_signature=signature, autograph=False)
+    endpoint.get_concrete_function()
+    archive.add_endpoint("serve", endpoint)
+    archive.write_out(path, verbose=False)
+
+
+def _signature(model: keras.Model, given: PyTree) -> Any:
+    import tensorflow as tf
+
+    if given is not None:
+        return keras.tree.map_structure(
+            lambda spec: tf.TensorSpec(spec.shape, spec.dtype or "float32", name=spec.name), given
+        )
+    # A sequential model has `inputs` alone, a functional one keeps the nest of them in `input`.
+    sequential = isinstance(model, keras.Sequential)
+    inputs = model.inputs if sequential else [getattr(model, "input", None)]
+    if inputs is None or inputs[0] is None:
+        raise ValueError(
+            f"Model {model.name!r} does not know its inputs, as it is neither functional nor sequential. Pass "
+            "`input_signature`, [keras.InputSpec(shape=(None, 4))] say."
+        )
+    # A sequential model that was built by a call holds that call's batch size.
+    return keras.tree.map_structure(
+        lambda tensor: tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, name=tensor.name),
+        inputs,
+    )
