@@ -7,7 +7,9 @@ from jaxwrap import _bridge as _bridge
 from jaxwrap._export import export_saved_model
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import JaxLayer
+from jaxwrap._pure import CallResult
+from jaxwrap._rules import Rule
 from jaxwrap.adapters import FlaxLayer
 
-__all__ = ["FlaxLayer", "JaxLayer", "export_saved_model", "wrap_function"]
+__all__ = ["CallResult", "FlaxLayer", "JaxLayer", "Rule", "export_saved_model", "wrap_function"]
 __version__ = _version("jaxwrap")

@@ -6,12 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxwrap._bridge import Bridge, BridgedFunction, get_bridge
-from jaxwrap._pytree import Structure, partition, path_str
+from jaxwrap._pytree import Structure, is_array, partition, path_str
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static
 
 
@@ -135,8 +133,8 @@ def _flatten(
     def flat(*arrays: Array) -> FlatResult:
         remaining = iter(arrays)
         outputs, aux = fn(*(structure.unflatten(remaining) for structure in structures))
-        output_arrays, output_structure = partition(outputs, _is_array)
-        aux_arrays, aux_structure = partition(aux, _is_array)
+        output_arrays, output_structure = partition(outputs, is_array)
+        aux_arrays, aux_structure = partition(aux, is_array)
         return FlatResult(
             tuple(map(jnp.asarray, output_arrays)),
             tuple(map(jnp.asarray, aux_arrays)),
@@ -144,8 +142,3 @@ def _flatten(
         )
 
     return flat
-
-
-def _is_array(leaf: Any) -> bool:
-    # Python numbers are left out: they come back as they are.
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))

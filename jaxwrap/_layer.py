@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import random
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,28 +14,22 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from jaxwrap._arguments import Arguments, placeholders
 from jaxwrap._bridge import get_bridge
 from jaxwrap._function import PytreeFunction
-from jaxwrap._pure import PureFunctions
-from jaxwrap._pytree import describe_difference, is_leaf_array, partition, path_str
-from jaxwrap._rng import draw, init_seed, to_key
-from jaxwrap._specs import (
-    Spec,
-    abstract_call,
-    is_plain,
-    placeholders,
-    read_specs,
-    specs_from_shapes,
-)
+from jaxwrap._metrics import RunningMean
+from jaxwrap._pure import PureFunctions, call_and_tell
+from jaxwrap._pytree import describe_difference, is_array, partition, path_str
+from jaxwrap._rng import Update, check_impl, draw, init_seed, to_key
+from jaxwrap._rules import Rule
+from jaxwrap._signature import AUTO
+from jaxwrap._specs import Spec, abstract_call
 from jaxwrap._typing import PyTree
-from jaxwrap._variables import Leaves
-
-# The name of the seed in a weights file.
-_SEED = "seed"
+from jaxwrap._weights import WeightedLayer
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
-class JaxLayer(keras.layers.Layer):
+class JaxLayer(WeightedLayer):
     """A Keras layer that computes a pure JAX function, on every Keras backend.
 
     The contract is that of `keras.layers.JaxLayer`. `call_fn` takes any of these arguments, by these names, in any
@@ -92,10 +89,29 @@ class JaxLayer(keras.layers.Layer):
         state: PyTree = None,
         seed: int | None = None,
         native_serialization_platforms: Sequence[str] | None = None,
+        *,
+        call_arguments: Sequence[str] = ("inputs",),
+        training_argument: str | None = AUTO,
+        rules: Mapping[str, Rule] | None = None,
+        update_state_in_inference: bool = True,
+        supports_masking: bool = False,
+        key_impl: str | None = None,
         **kwargs: Any,
     ):
-        owner = f"{type(self).__name__} {kwargs.get('name') or getattr(call_fn, '__name__', '')!r}"
-        pure = PureFunctions(call_fn, init_fn, owner)
+        owner = f"{type(self).__name__} {kwargs.get('name') or getattr(call_fn, '__name__', '').lstrip('_')!r}"
+        if isinstance(call_arguments, str):
+            raise ValueError(
+                f"{owner}: `call_arguments` must be a tuple of names; received {call_arguments!r}."
+            )
+        packed = self._module_parameters()
+        pure = PureFunctions(
+            call_fn,
+            init_fn,
+            call_arguments,
+            training_argument,
+            None if packed is None else Arguments(packed, owner),
+            owner,
+        )
         if pure.variables and init_fn is None and params is None and state is None:
             wanted = " and ".join(f"`{name}`" for name in pure.variables)
             raise ValueError(
@@ -104,40 +120,42 @@ class JaxLayer(keras.layers.Layer):
             )
         if seed is not None and not isinstance(seed, int):
             raise ValueError(f"{owner}: `seed` must be an integer or None; received {seed!r}.")
-        super().__init__(**kwargs)
+        check_impl(key_impl, owner)
+        if type(self).call is JaxLayer.call:
+            # Keras learns from its signature what a layer takes.
+            super_call = functools.partial(type(self).call, self)
+            self._keep("call", _with_signature(super_call, pure.arguments.signature))
+        super().__init__(rules, owner, **kwargs)
         self.call_fn = call_fn
         self.init_fn = init_fn
+        self.supports_masking = supports_masking
+        self.update_state_in_inference = update_state_in_inference
         self._pure = pure
+        self._call_arguments = tuple(call_arguments)
+        self._training_argument = training_argument
+        self._key_impl = key_impl
         self._seed = seed
         self._platforms = tuple(native_serialization_platforms or ()) or None
-        self._keep_dtypes = kwargs.get("dtype") is None
         self._base_seed = random.randint(1, 10**9) if seed is None else seed
         self._init_draws = 0
-        with keras.name_scope(self.name, caller=self):
-            self.seed_generator = (
-                keras.random.SeedGenerator(self._base_seed, name="seed_generator")
-                if pure.has_rng
-                else None
-            )
+        self.seed_generator = (
+            self._make_generator(self._base_seed, "seed_generator") if pure.has_rng else None
+        )
         self._opaque_call = get_bridge().opaque(self._checked_call)
         self._function = PytreeFunction(self._call_flat, self._owner, self._platforms)
-        self._keep("_input_specs", None)
+        self._keep("_specs", None)
         self._keep("_nests", set())
-        self._keep("_leaves", None)
+        self._keep("_abstract", {})
+        self._keep("_means", {})
+        self._keep("_called", threading.local())
         if params is not None or state is not None or not pure.variables:
             self._create_leaves(params, state)
 
-    @property
-    def params(self) -> PyTree:
-        """The trainable parameters as the user's pytree, with a `keras.Variable` for each array or number."""
-        return self._leaves[0].tree if self._leaves else None
-
-    @property
-    def state(self) -> PyTree:
-        """The non-trainable state as the user's pytree, with a `keras.Variable` for each array or number."""
-        return self._leaves[1].tree if self._leaves else None
-
     # What subclasses may override.
+
+    def _module_parameters(self) -> Iterable[inspect.Parameter] | None:
+        """What the caller feeds, if a module says that and not `call_fn`, whose `inputs` is then a dict of it all."""
+        return None
 
     def _get_init_seed(self) -> Any:
         """A new seed for initial values: integers of shape (2,)."""
@@ -154,38 +172,44 @@ class JaxLayer(keras.layers.Layer):
         return self.seed_generator.next()
 
     def _get_call_rng(self, training: bool) -> PyTree:
-        """What `call_fn` gets as `rng`: a pytree of seeds from `_get_call_seed`, which become keys."""
+        """What `call_fn` gets as `rng`: a pytree of seeds from `_get_call_seed`, which become keys.
+
+        Seeds drawn in inference count as drawn only if the outputs or the new state depend on them.
+        """
         return self._get_call_seed() if training else None
 
-    def _variable_roots(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The names that go before the paths of the leaves of `params`, and of `state`."""
-        return ("params",), ("state",)
+    def _generators(self) -> dict[str, keras.random.SeedGenerator]:
+        """The generators that `_get_call_rng` draws from, by the names under which their seeds are saved."""
+        return {} if self.seed_generator is None else {"seed": self.seed_generator}
 
     # Building.
 
-    def __call__(self, inputs: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+    def __call__(self, *args: Any, **kwargs: Any) -> PyTree:
         """Calls the layer, as every Keras layer is called."""
-        return self._opaque_call(inputs, *args, **kwargs)
+        return self._opaque_call(*args, **kwargs)
 
-    def _checked_call(self, inputs: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+    def _checked_call(self, *args: Any, **kwargs: Any) -> PyTree:
         # Keras hands `build` shapes only, and its own errors come after it has changed things.
-        specs = read_specs(inputs, self._read_spec, self._owner)
+        kwargs = self._pure.arguments.rename(args, kwargs)
+        given, _ = self._pure.arguments.bind(args, kwargs)
+        specs = self._read_specs(given)
         if not self.built:
-            self._keep("_input_specs", jax.tree_util.tree_map(self._seen_by_init, specs))
-        return super().__call__(inputs, *args, **kwargs)
+            self._keep("_specs", self._as_cast(specs, self.variable_dtype))
+        return super().__call__(*args, **kwargs)
 
     def build(self, input_shape: Any) -> None:
         """Creates the variables, if they were not given.
 
         Args:
-            input_shape: The shape of the inputs, or a nest of shapes.
+            input_shape: The shape of the first argument, or a nest of shapes.
         """
-        if self._input_specs is None:
-            specs = specs_from_shapes(input_shape, self.variable_dtype, self._owner)
-            self._keep("_input_specs", specs)
+        arguments = self._pure.arguments
+        if self._specs is None:
+            specs = arguments.from_shapes(input_shape, self.variable_dtype, self._owner)
+            self._keep("_specs", specs)
         if self._leaves is None:
             with jax.ensure_compile_time_eval():
-                params, state = self._init(placeholders(self._input_specs))
+                params, state = self._init(placeholders(self._specs))
             traced = [
                 path_str(path)
                 for path, leaf in jax.tree_util.tree_leaves_with_path((params, state))
@@ -199,63 +223,74 @@ class JaxLayer(keras.layers.Layer):
                 )
             with jax.ensure_compile_time_eval():
                 self._create_leaves(params, state)
+        self._create_means()
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """The shapes and dtypes of the inputs that the layer was built for."""
-        if self._input_specs is None or not is_plain(self._input_specs):
-            return None
-        return {
-            "input_shape": jax.tree_util.tree_map(lambda spec: spec.shape, self._input_specs),
-            "input_dtype": jax.tree_util.tree_map(lambda spec: spec.dtype, self._input_specs),
-        }
+        """The shapes and dtypes of the arguments that the layer was built for."""
+        return None if self._specs is None else self._pure.arguments.to_config(self._specs)
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds the layer for the shapes and dtypes that `get_build_config` gave."""
-        shapes = config["input_shape"]
-        dtypes = config.get("input_dtype", self.variable_dtype)
-        self._keep("_input_specs", specs_from_shapes(shapes, dtypes, self._owner))
-        self.build(shapes)
+        specs = self._pure.arguments.from_config(config, self.variable_dtype, self._owner)
+        self._keep("_specs", specs)
+        self.build(config.get("input_shape"))
 
-    @property
-    def _owner(self) -> str:
-        return f"{type(self).__name__} {self.name!r}"
-
-    def _keep(self, name: str, tree: PyTree) -> None:
-        """Sets an attribute to a pytree as it is: Keras would wrap containers, and JAX not know them any more."""
-        object.__setattr__(self, name, tree)
+    def _read_specs(self, given: dict[str, PyTree]) -> dict[str, PyTree]:
+        return self._pure.arguments.specs(given, self._read_spec, self._owner)
 
     def _read_spec(self, tensor: Any) -> tuple[Any, str]:
         if isinstance(tensor, keras.KerasTensor):
             return tensor.shape, tensor.dtype
         return get_bridge().spec(tensor)
 
-    def _seen_by_init(self, spec: Spec) -> Spec:
-        """What Keras casts for each call, `init_fn` sees at the precision of the variables."""
-        if self.autocast and jnp.issubdtype(spec.dtype, jnp.floating):
-            return Spec(spec.shape, self.variable_dtype)
-        return spec
+    def _as_cast(self, specs: PyTree, dtype: str) -> PyTree:
+        """Specs with `dtype` for what Keras casts for a call: `init_fn` sees it as precise as the variables are."""
 
-    def _init(self, inputs: PyTree) -> tuple[PyTree, PyTree]:
-        rng = jax.tree_util.tree_map(to_key, self._get_init_rng())
-        return self._pure.init(rng, inputs)
+        def cast(leaf: Any) -> Any:
+            floats = isinstance(leaf, Spec) and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return Spec(leaf.shape, dtype) if floats and self.autocast else leaf
 
-    def _create_leaves(self, params: PyTree, state: PyTree) -> None:
-        roots = self._variable_roots()
-        leaves = tuple(
-            Leaves(self, tree, root=root, trainable=trainable, keep_dtypes=self._keep_dtypes)
-            for tree, root, trainable in zip((params, state), roots, (True, False), strict=True)
-        )
-        self._keep("_leaves", leaves)
-        self.tracked_params, self.tracked_state = (part.variables for part in leaves)
+        return jax.tree_util.tree_map(cast, specs)
+
+    def _init(self, arguments: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        rng = jax.tree_util.tree_map(self._to_key, self._get_init_rng())
+        return self._pure.init(rng, arguments)
+
+    def _to_key(self, seed: Any) -> Any:
+        return to_key(seed, self._key_impl)
+
+    def _create_means(self) -> None:
+        """Makes variables for the metrics that `call_fn` reports in training."""
+        try:
+            metrics = self._abstract_result(self._specs, True)["metrics"]
+        except Exception:
+            # A layer may be built for other inputs than it is called with; what is wrong, the call will say.
+            return
+        self._keep("_means", {name: RunningMean(self, name) for name in metrics})
+        means = self._means.values()
+        self.tracked_means = [variable for mean in means for variable in mean.variables]
+        self.tracked_metrics = [mean.metric for mean in means]
+
+    def _mean(self, name: str) -> RunningMean:
+        if name not in self._means:
+            raise ValueError(
+                f"{self._owner}: `call_fn` reports the metric {name!r}, which it did not report in training for the "
+                "arguments that the layer was built for. Report the same metrics in every call."
+            )
+        return self._means[name]
+
+    def _make_generator(self, seed: int, name: str) -> keras.random.SeedGenerator:
+        with keras.name_scope(self.name, caller=self):
+            return keras.random.SeedGenerator(seed, name=name)
 
     # Calling.
 
-    def call(self, inputs: PyTree, training: bool = False) -> PyTree:
-        """Calls `call_fn` and assigns the new state.
+    def call(self, *args: Any, **kwargs: Any) -> PyTree:
+        """Calls `call_fn`, and assigns the new state.
 
         Args:
-            inputs: What `call_fn` gets as `inputs`.
-            training: What `call_fn` gets as `training`.
+            *args: What `call_fn` gets as its `call_arguments`.
+            **kwargs: Likewise, and `training`, a bool.
 
         Returns:
             The outputs of `call_fn`, with tensors of the backend for arrays.
@@ -263,72 +298,114 @@ class JaxLayer(keras.layers.Layer):
         Raises:
             ValueError: If the new state differs from the old in structure or shapes. No state is assigned then.
         """
-        self._check_nest(inputs, bool(training))
+        given, training = self._pure.arguments.bind(args, kwargs)
+        self._check_nest(given, training)
         params, state = (leaves.variables for leaves in self._leaves)
         trained = [variable.trainable for variable in params]
-        rng, updates = self._draw(bool(training))
-        outputs, new_state = self._function(
+        rng, draws = self._draw(training)
+        outputs, aux = self._function(
             {
                 "params": [variable.value for variable in params if variable.trainable],
-                "inputs": inputs,
+                "arguments": given,
             },
             {
                 "frozen": [variable.value for variable in params if not variable.trainable],
                 "rng": rng,
-                "training": bool(training),
+                "training": training,
                 "trained": bytes(trained),
             },
             [variable.value for variable in state],
         )
-        for variable, value in zip(state, new_state, strict=True):
-            variable.assign(value)
-        for variable, value in updates:
-            variable.assign(value)
-        return outputs
+        if training or self.update_state_in_inference:
+            for variable, value in zip(state, aux["state"], strict=True):
+                variable.assign(value)
+        if aux["drew"]:
+            for variable, value in draws:
+                variable.assign(value)
+        if outputs["loss"] is not None:
+            self.add_loss(outputs["loss"])
+        for name, value in aux["metrics"].items():
+            self._mean(name).update(value)
+        self._note_shapes(outputs["outputs"])
+        return outputs["outputs"]
 
-    def compute_output_spec(self, inputs: PyTree, training: bool = False) -> PyTree:
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> PyTree:
         """The shapes and dtypes of the outputs, by `jax.eval_shape`: on no backend does user code run on data.
 
         Args:
-            inputs: A nest of `keras.KerasTensor`.
-            training: As in `call`.
+            *args: As for `call`, with a `keras.KerasTensor` for each tensor.
+            **kwargs: Likewise.
 
         Returns:
             The nest of the outputs, with a `keras.KerasTensor` for each.
         """
-        specs = read_specs(inputs, self._read_spec, self._owner)
+        given, training = self._pure.arguments.bind(args, kwargs)
+        result = self._abstract_result(self._read_specs(given), training)
+        self._note_shapes(result["outputs"])
         return jax.tree_util.tree_map(
-            lambda spec: keras.KerasTensor(spec.shape, spec.dtype),
-            self._output_specs(specs, bool(training)),
+            lambda spec: keras.KerasTensor(spec.shape, spec.dtype), result["outputs"]
         )
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """The shape of the outputs, or the nest of them, for inputs of the variable dtype."""
-        specs = specs_from_shapes(input_shape, self.variable_dtype, self._owner)
-        return jax.tree_util.tree_map(lambda spec: spec.shape, self._output_specs(specs, False))
+        """The shape of the outputs, or the nest of them, for a first argument of the variable dtype."""
+        specs = self._pure.arguments.from_shapes(input_shape, self.variable_dtype, self._owner)
+        outputs = self._abstract_result(specs, False)["outputs"]
+        return jax.tree_util.tree_map(lambda spec: spec.shape, outputs)
 
-    def _output_specs(self, specs: PyTree, training: bool) -> PyTree:
-        rng, _ = self._draw(training)
+    def compute_mask(self, inputs: PyTree, previous_mask: PyTree) -> PyTree:
+        """The mask of the inputs for each output that has the mask's axes; None for others.
 
-        def outputs_of(inputs: PyTree) -> PyTree:
-            keys = jax.tree_util.tree_map(lambda _: jnp.zeros(2, jnp.uint32), rng)
-            if self._leaves is None:
-                params, state = self._init(inputs)
-            else:
-                params, state = (leaves.zeros(self.compute_dtype) for leaves in self._leaves)
-            return self._pure.call(params, state, keys, inputs, training)[0]
+        Args:
+            inputs: The first argument.
+            previous_mask: Its mask.
 
-        return abstract_call(outputs_of, specs)
+        Returns:
+            A list with a mask or None for each output.
+        """
+        masks = [mask for mask in jax.tree_util.tree_leaves(previous_mask) if mask is not None]
 
-    def _check_nest(self, inputs: PyTree, training: bool) -> None:
-        """Tries inputs of another structure than the layer was built for, before anything is drawn or assigned."""
-        _, received = partition(inputs, is_leaf_array)
+        def mask_of(shape: tuple[int | None, ...]) -> Any:
+            return next((mask for mask in masks if _begins_with(shape, tuple(mask.shape))), None)
+
+        return [mask_of(shape) for shape in getattr(self._called, "output_shapes", ())]
+
+    def _abstract_result(self, specs: dict[str, PyTree], training: bool) -> dict[str, PyTree]:
+        """What `call_fn` returns, with specs for arrays: `outputs` and `metrics`."""
+        arrays, structure = partition(specs, lambda leaf: isinstance(leaf, Spec))
+        key = (tuple(arrays), structure, training, self._leaves is None)
+        if key not in self._abstract:
+            rng, _ = self._draw(training)
+            weights = [leaves.structs() for leaves in self._leaves or ()]
+
+            def result_of(arguments: dict[str, PyTree], weights: list[list[Any]]) -> PyTree:
+                seeds = jax.tree_util.tree_map(lambda _: jnp.zeros(2, jnp.uint32), rng)
+                if self._leaves is None:
+                    params, state = self._init(arguments)
+                else:
+                    pairs = zip(self._leaves, weights, strict=True)
+                    params, state = (leaves.decode(values) for leaves, values in pairs)
+                keys = jax.tree_util.tree_map(self._to_key, seeds)
+                result = self._pure.call(params, state, keys, arguments, training)
+                return {"outputs": result.outputs, "metrics": result.metrics}
+
+            self._abstract[key] = abstract_call(result_of, specs, weights)
+        return self._abstract[key]
+
+    def _note_shapes(self, outputs: PyTree) -> None:
+        """Notes the shapes of the outputs for `compute_mask`, which Keras calls next and gives the inputs only."""
+        if self.supports_masking:
+            leaves = jax.tree_util.tree_leaves(outputs)
+            self._called.output_shapes = [tuple(leaf.shape) for leaf in leaves]
+
+    def _check_nest(self, given: dict[str, PyTree], training: bool) -> None:
+        """Tries arguments of another structure than the layer was built for, before anything is drawn or assigned."""
+        _, received = partition(given, get_bridge().is_tensor)
         if received in self._nests:
             return
-        _, built = partition(self._input_specs, lambda leaf: isinstance(leaf, Spec))
+        _, built = partition(self._specs, lambda leaf: isinstance(leaf, Spec))
         if received != built:
             try:
-                self._output_specs(read_specs(inputs, self._read_spec, self._owner), training)
+                self._abstract_result(self._read_specs(given), training)
             except Exception as error:
                 difference = describe_difference(built, received) or "  other containers"
                 raise ValueError(
@@ -337,28 +414,53 @@ class JaxLayer(keras.layers.Layer):
                 ) from error
         self._nests.add(received)
 
-    def _draw(self, training: bool) -> tuple[PyTree, list[tuple[keras.Variable, Any]]]:
+    def _draw(self, training: bool) -> tuple[PyTree, list[Update]]:
         """Draws the seeds of one call, and returns them with the updates to assign once the call has succeeded."""
-        if self.seed_generator is None:
+        generators = self._generators().values()
+        if not generators:
             return None, []
-        return draw(self.seed_generator.state, lambda: self._get_call_rng(training))
+        return draw(list(generators), lambda: self._get_call_rng(training))
 
     def _call_flat(
         self, differentiable: PyTree, constant: PyTree, state: PyTree
     ) -> tuple[PyTree, PyTree]:
         """`call_fn` on lists of arrays, as it is bridged to the backend."""
-        trained, frozen = iter(differentiable["params"]), iter(constant["frozen"])
-        params = [
-            next(trained) if is_trained else next(frozen) for is_trained in constant["trained"]
-        ]
-        outputs, new_state = self._pure.call(
-            self._leaves[0].decode(params),
-            self._leaves[1].decode(state),
-            jax.tree_util.tree_map(to_key, constant["rng"]),
-            differentiable["inputs"],
-            constant["training"],
+        training, seeds = constant["training"], constant["rng"]
+
+        def call(seeds: PyTree, arrays: PyTree) -> PyTree:
+            params, frozen, arguments, state = arrays
+            trained, frozen = iter(params), iter(frozen)
+            result = self._pure.call(
+                self._leaves[0].decode(
+                    [next(trained if is_trained else frozen) for is_trained in constant["trained"]]
+                ),
+                self._leaves[1].decode(state),
+                jax.tree_util.tree_map(self._to_key, seeds),
+                structure.unflatten(arguments),
+                training,
+            )
+            return (
+                {"outputs": result.outputs, "loss": result.losses},
+                {
+                    "state": self._leaves[1].encode(result.state, self._state_problem()),
+                    "metrics": result.metrics,
+                },
+            )
+
+        arguments, structure = partition(differentiable["arguments"], is_array)
+        arrays = (differentiable["params"], constant["frozen"], arguments, state)
+        if training or not jax.tree_util.tree_leaves(seeds):
+            (outputs, aux), drew = call(seeds, arrays), True
+        else:
+            (outputs, aux), drew = call_and_tell(call, seeds, arrays)
+        return outputs, {**aux, "drew": drew}
+
+    def _state_problem(self) -> str:
+        """What an error about a new state begins with."""
+        return (
+            f"{self._owner}: the new state that `call_fn` returned differs from the state it was given. No state has "
+            "been changed. Return a state with the same paths and shapes."
         )
-        return outputs, self._leaves[1].encode(new_state, self._owner)
 
     # Saving.
 
@@ -369,6 +471,13 @@ class JaxLayer(keras.layers.Layer):
             **self._function_config(),
             "seed": self._seed,
             "native_serialization_platforms": self._platforms,
+            "rules": [
+                [pattern, keras.saving.serialize_keras_object(rule)]
+                for pattern, rule in self._rules.pairs
+            ],
+            "update_state_in_inference": self.update_state_in_inference,
+            "supports_masking": self.supports_masking,
+            "key_impl": self._key_impl,
         }
 
     def _function_config(self) -> dict[str, Any]:
@@ -376,27 +485,55 @@ class JaxLayer(keras.layers.Layer):
         return {
             "call_fn": keras.saving.serialize_keras_object(self.call_fn),
             "init_fn": keras.saving.serialize_keras_object(self.init_fn),
+            "call_arguments": self._call_arguments,
+            "training_argument": self._training_argument,
         }
 
     def save_own_variables(self, store: Any) -> None:
-        """Stores the values of the variables, and the seed with its counter, which Keras leaves out."""
+        """Stores the values of the variables, and the seeds with their counters, which Keras leaves out."""
         super().save_own_variables(store)
-        if self.seed_generator is not None:
-            store[_SEED] = keras.ops.convert_to_numpy(self.seed_generator.state.value).astype(
-                "int64"
-            )
+        for name, generator in self._generators().items():
+            store[name] = keras.ops.convert_to_numpy(generator.state.value).astype("int64")
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads what `save_own_variables` stored. A file without a seed leaves the layer's own."""
-        super().load_own_variables({name: store[name] for name in store.keys() if name != _SEED})  # noqa: SIM118
-        if self.seed_generator is not None and _SEED in store.keys():  # noqa: SIM118
-            self.seed_generator.state.assign(np.asarray(store[_SEED]).astype("uint32"))
+        """Loads what `save_own_variables` stored. A file without seeds leaves the layer's own."""
+        generators = self._generators()
+        names = list(store.keys())
+        super().load_own_variables({name: store[name] for name in names if name not in generators})
+        for name, generator in generators.items():
+            if name in names:
+                generator.state.assign(np.asarray(store[name]).astype("uint32"))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> JaxLayer:
         """Makes a layer from what `get_config` gave."""
+        return super().from_config(cls._arguments_from_config(config))
+
+    @classmethod
+    def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the constructor, from the configuration."""
+        rules = [
+            (pattern, keras.saving.deserialize_keras_object(rule))
+            for pattern, rule in config.get("rules", ())
+        ]
         functions = {
             name: keras.saving.deserialize_keras_object(config[name])
             for name in ("call_fn", "init_fn")
+            if name in config
         }
-        return super().from_config({**config, **functions})
+        return {**config, "rules": rules, **functions}
+
+
+def _with_signature(method: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
+
+
+def _begins_with(shape: tuple[int | None, ...], start: tuple[int | None, ...]) -> bool:
+    return len(shape) >= len(start) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(shape, start, strict=False)
+    )

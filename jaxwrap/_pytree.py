@@ -30,6 +30,11 @@ def is_leaf_array(leaf: Any) -> bool:
     )
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of JAX or NumPy, as a traced function sees them. Python numbers are none."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
 class Structure:
     """The shape of a pytree without its arrays: the treedef, and the leaves that are not arrays.
 

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 
 from jaxwrap._typing import Array, PyTree, Tensor
 
+Update = tuple[keras.Variable, Tensor]
+
 # Initial values are drawn from counters that calls do not reach.
 _INIT_COUNTER = 1 << 31
 
 
-def to_key(seed: Tensor) -> Array:
+def to_key(seed: Tensor, impl: str | None = None) -> Array:
     """Makes a JAX key of a Keras seed.
 
     Keras keeps `[seed, counter]`, in a dtype that depends on the backend; as two 32-bit words it is the data of a
-    threefry key, new for each count. The same seed thus gives the same numbers on every backend.
+    threefry key, new for each count. The same seed thus gives the same numbers on every backend. Implementations with
+    longer keys get the two words again and again, as JAX does for `rbg`.
 
     Args:
         seed: An integer array of shape (2,).
+        impl: The implementation, such as "threefry2x32" or "rbg".
 
     Returns:
-        A key as `jax.random.PRNGKey` makes it: uint32, of shape (2,).
+        A typed key of that implementation; for None, a raw key of JAX's default one, as `jax.random.PRNGKey` makes it.
     """
-    return jnp.asarray(seed).astype(jnp.uint32)
+    words = jnp.asarray(seed).astype(jnp.uint32)
+    chosen = impl or jax.config.jax_default_prng_impl
+    (size,) = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=chosen))).shape
+    data = jnp.tile(words, -(-size // 2))[:size]
+    return data if impl is None else jax.random.wrap_key_data(data, impl=impl)
+
+
+def check_impl(impl: str | None, owner: str) -> None:
+    """Raises ValueError for the name of a key implementation that JAX does not have."""
+    try:
+        jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{owner}: `key_impl` must be one of JAX's key implementations, such as 'threefry2x32' or 'rbg', or None; "
+            f"received {impl!r}."
+        ) from error
 
 
 def init_seed(seed: int, count: int) -> np.ndarray:
@@ -35,19 +55,21 @@ def init_seed(seed: int, count: int) -> np.ndarray:
 
 
 def draw(
-    state: keras.Variable, make: Callable[[], PyTree]
-) -> tuple[PyTree, list[tuple[keras.Variable, Tensor]]]:
-    """Draws seeds without changing the generator.
+    generators: Sequence[keras.random.SeedGenerator], make: Callable[[], PyTree]
+) -> tuple[PyTree, list[Update]]:
+    """Draws seeds without changing the generators.
 
     Args:
-        state: The variable of the generator.
-        make: Draws the seeds from it.
+        generators: The generators that `make` may draw from.
+        make: Draws the seeds.
 
     Returns:
         What `make` returns, and the pairs of variable and value to assign once the seeds have served.
     """
-    with keras.StatelessScope(state_mapping=[(state, state.value)]) as scope:
-        before = scope.get_current_value(state)
+    states = [generator.state for generator in generators]
+    with keras.StatelessScope(state_mapping=[(state, state.value) for state in states]) as scope:
+        before = [scope.get_current_value(state) for state in states]
         seeds = make()
-        after = scope.get_current_value(state)
-    return seeds, [] if after is before else [(state, after)]
+        after = [scope.get_current_value(state) for state in states]
+    changes = zip(states, before, after, strict=True)
+    return seeds, [(state, new) for state, old, new in changes if new is not old]

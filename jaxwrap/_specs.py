@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxwrap._bridge._base import check_dtype
-from jaxwrap._pytree import path_str
+from jaxwrap._pytree import Structure, partition, path_str
 from jaxwrap._typing import Array, PyTree
 
 # Two sizes to try for unknown dimensions, prime ones first so that they equal no size that is known by accident, then
@@ -35,32 +35,34 @@ class Spec:
         return tuple(size if known is None else known for known in self.shape)
 
 
-def read_specs(inputs: PyTree, read: Callable[[Any], tuple[Any, str]], owner: str) -> PyTree:
-    """The specs of a nest of tensors.
+def read_spec(
+    leaf: Any, path: Any, read: Callable[[Any], tuple[Any, str]], what: str, static: bool
+) -> Any:
+    """The spec of one leaf of a nest of tensors.
 
     Args:
-        inputs: The nest.
-        read: Gives the shape and the dtype's name of one tensor; raises TypeError or ValueError if it has none.
-        owner: What errors begin with.
+        leaf: The leaf.
+        path: Its key path.
+        read: Gives the shape and the dtype's name of a tensor; raises TypeError or ValueError if it has none.
+        what: What errors begin with.
+        static: Whether a leaf that is no tensor may stay what it is.
 
     Raises:
         TypeError: For a leaf that is no tensor, or of a dtype that JAX does not have.
         ValueError: For a tensor of unknown rank.
     """
-
-    def spec(path: Any, leaf: Any) -> Spec:
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(
-                f"{owner}: input {path_str(path)} is {leaf!r}, a {type(leaf).__name__}; expected a tensor or an array."
-            )
-        try:
-            shape, dtype = read(leaf)
-            check_dtype(dtype)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{owner}: input {path_str(path)}: {error}") from None
-        return Spec(tuple(shape), dtype)
-
-    return jax.tree_util.tree_map_with_path(spec, inputs)
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        if static:
+            return leaf
+        raise TypeError(
+            f"{what} {path_str(path)} is {leaf!r}, a {type(leaf).__name__}; expected a tensor or an array."
+        )
+    try:
+        shape, dtype = read(leaf)
+        check_dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what} {path_str(path)}: {error}") from None
+    return Spec(tuple(shape), dtype)
 
 
 def specs_from_shapes(shapes: PyTree, dtypes: PyTree, owner: str) -> PyTree:
@@ -95,45 +97,36 @@ def is_shape(node: Any) -> bool:
     )
 
 
-def is_plain(tree: PyTree) -> bool:
-    """Whether a nest is of dicts, lists and tuples only, which a file can hold."""
-    if type(tree) is dict:
-        return all(isinstance(key, str) and is_plain(value) for key, value in tree.items())
-    return isinstance(tree, Spec) or (type(tree) in (list, tuple) and all(map(is_plain, tree)))
+def placeholder(spec: Spec) -> Array:
+    """An input for `init_fn`: ones, or zeros for integers and bools, of size 1 where the size is unknown."""
+    make = jnp.ones if jnp.issubdtype(spec.dtype, jnp.inexact) else jnp.zeros
+    return make(spec.fill(1), jax.dtypes.canonicalize_dtype(spec.dtype))
 
 
-def placeholders(specs: PyTree) -> PyTree:
-    """Inputs for `init_fn`: ones, or zeros for integers and bools, of size 1 where the size is unknown."""
-
-    def placeholder(spec: Spec) -> Array:
-        make = jnp.ones if jnp.issubdtype(spec.dtype, jnp.inexact) else jnp.zeros
-        return make(spec.fill(1), jax.dtypes.canonicalize_dtype(spec.dtype))
-
-    return jax.tree_util.tree_map(placeholder, specs)
-
-
-def abstract_call(fn: Callable[[PyTree], PyTree], specs: PyTree) -> PyTree:
+def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> PyTree:
     """The specs of what a JAX function returns, computed without data.
 
     A size of the outputs is unknown if it changes with the unknown sizes of the inputs. All of these are tried with
     the same value, since a function may need them to be equal.
 
     Args:
-        fn: A function of a nest of arrays.
-        specs: The specs of its inputs.
+        fn: A function of a nest of arrays, and of what `more` stands for.
+        specs: The nest with a `Spec` for each array; other leaves reach `fn` as they are.
+        *more: Pytrees of `jax.ShapeDtypeStruct`.
 
     Returns:
         The pytree that `fn` returns, with a `Spec` for each array.
     """
-    leaves = jax.tree_util.tree_leaves(specs)
-    if all(None not in spec.shape for spec in leaves):
+    known, structure = partition(specs, lambda leaf: isinstance(leaf, Spec))
+    if all(None not in spec.shape for spec in known):
         return jax.tree_util.tree_map(
-            lambda output: Spec(output.shape, output.dtype.name), _eval_shape(fn, specs, 1)
+            lambda output: Spec(output.shape, output.dtype.name),
+            _eval_shape(fn, known, structure, 1, *more),
         )
     error = None
     for sizes in _SIZES:
         try:
-            first, second = (_eval_shape(fn, specs, size) for size in sizes)
+            first, second = (_eval_shape(fn, known, structure, size, *more) for size in sizes)
         except Exception as raised:
             error = error or raised
         else:
@@ -142,11 +135,16 @@ def abstract_call(fn: Callable[[PyTree], PyTree], specs: PyTree) -> PyTree:
     raise error
 
 
-def _eval_shape(fn: Callable[[PyTree], PyTree], specs: PyTree, size: int) -> PyTree:
-    def struct(spec: Spec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(spec.fill(size), jax.dtypes.canonicalize_dtype(spec.dtype))
-
-    return jax.eval_shape(fn, jax.tree_util.tree_map(struct, specs))
+def _eval_shape(
+    fn: Callable[..., PyTree], specs: list[Spec], structure: Structure, size: int, *more: PyTree
+) -> PyTree:
+    structs = [
+        jax.ShapeDtypeStruct(spec.fill(size), jax.dtypes.canonicalize_dtype(spec.dtype))
+        for spec in specs
+    ]
+    return jax.eval_shape(
+        lambda arrays, *more: fn(structure.unflatten(arrays), *more), structs, *more
+    )
 
 
 def _merge(first: jax.ShapeDtypeStruct, second: jax.ShapeDtypeStruct) -> Spec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,43 @@ import keras
 import numpy as np
 
 from jaxwrap._bridge import inexact
-from jaxwrap._pytree import ARRAY, describe_difference, is_leaf_array, key_name, partition
+from jaxwrap._pytree import (
+    ARRAY,
+    Structure,
+    describe_difference,
+    is_leaf_array,
+    key_name,
+    partition,
+)
+from jaxwrap._rules import Rule, Rules, match
 from jaxwrap._typing import Array, PyTree
+
+
+class Leaf(NamedTuple):
+    """What is known of one leaf.
+
+    Attributes:
+        path: Its path below the layer: `params/Dense_0/kernel`.
+        dtype: The dtype that the user gave it.
+        impl: The implementation of its PRNG key, if it is one.
+        is_params: Whether it belongs to the parameters.
+    """
+
+    path: str
+    dtype: str
+    impl: Any
+    is_params: bool
+
+    @property
+    def can_train(self) -> bool:
+        """Whether there are gradients for it."""
+        return self.is_params and inexact(self.dtype)
+
+    def takes(self, field: str, value: Any) -> bool:
+        """Whether that can be said of it, in that field of a `Rule`."""
+        if field == "dtype":
+            return _kind(value) == _kind(self.dtype)
+        return value is False or self.can_train
 
 
 class Leaves:
@@ -22,84 +57,98 @@ class Leaves:
 
     Attributes:
         structure: The structure of the user's pytree.
-        variables: One variable per array or number in it, in leaf order.
+        leaves: What is known of each array or number in it, in leaf order.
+        variables: A variable for each of them.
         tree: The user's pytree with the variables in place.
     """
 
     def __init__(
         self,
         layer: keras.layers.Layer,
-        tree: PyTree,
-        *,
-        root: Sequence[str],
-        trainable: bool,
+        structure: Structure,
+        values: Sequence[Any],
+        leaves: Sequence[Leaf],
+        rules: Sequence[Rule],
         keep_dtypes: bool,
     ):
-        """Creates the variables of `layer` for `tree`.
-
-        Args:
-            layer: The layer that is to own the variables; it must still track them.
-            tree: The pytree with the initial values, which are copied.
-            root: Names that go before each leaf's path.
-            trainable: Whether float leaves can be trained. Those that cannot are never cast for mixed precision.
-            keep_dtypes: Whether float leaves of other widths than 32 bits keep theirs; if not, the layer's variable
-                dtype is for all.
-        """
-        values, self.structure = partition(tree, is_leaf_array)
-        self._impls = tuple(_key_impl(value) for value in values)
-        paths = [
-            path
-            for path, leaf in zip(self.structure.key_paths(), self.structure.leaves, strict=True)
-            if leaf is ARRAY
-        ]
-        names = unique_names([(*root, *map(key_name, path)) or ("value",) for path in paths])
-        # Where the compute dtype is that of the variables, Keras casts nothing.
-        self._autocast = trainable and layer.compute_dtype != layer.variable_dtype
+        """Creates the variables of `layer`, which must still track them."""
+        self.structure = structure
+        self.leaves = tuple(leaves)
+        self._rules = list(rules)
+        mixed = layer.autocast and layer.compute_dtype != layer.variable_dtype
+        self._casts = tuple(
+            layer.compute_dtype
+            if mixed
+            and leaf.is_params
+            and _kind(leaf.dtype) == "float"
+            and rule.autocast is not False
+            else None
+            for leaf, rule in zip(leaves, rules, strict=True)
+        )
         self.variables: list[keras.Variable] = []
-        for value, name in zip(values, names, strict=True):
-            initial = _own(value)
-            follows = initial.dtype == jnp.float32 or not keep_dtypes
-            dtype = layer.variable_dtype if follows and _is_real(initial) else str(initial.dtype)
-            self.variables.append(
-                _create(
-                    layer, initial, dtype, name, trainable and inexact(initial.dtype), trainable
-                )
-            )
+        for value, leaf, rule in zip(values, leaves, rules, strict=True):
+            dtype = leaf.dtype
+            if _kind(dtype) == "float" and (dtype == "float32" or not keep_dtypes):
+                dtype = layer.variable_dtype
+            if rule.dtype is not None and leaf.takes("dtype", rule.dtype):
+                dtype = rule.dtype
+            # One after the other, so that no second copy of the whole is ever held.
+            self.variables.append(_create(layer, _own(value), dtype, leaf))
         self.tree = self.structure.unflatten(self.variables)
+        for index, rule in enumerate(rules):
+            self.apply(index, rule)
+
+    def apply(self, index: int, rule: Rule) -> None:
+        """Applies to a variable what a rule says that can still be said of it."""
+        self._rules[index] = self._rules[index].then(rule)
+        if not self.leaves[index].can_train:
+            return
+        variable = self.variables[index]
+        if rule.trainable is not None:
+            variable.trainable = rule.trainable
+        if rule.regularizer is not None:
+            variable.regularizer = rule.regularizer
+        if rule.constraint is not None:
+            variable.constraint = rule.constraint
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Makes those trainable that no rule excepts, or none."""
+        for variable, leaf, rule in zip(self.variables, self.leaves, self._rules, strict=True):
+            if leaf.can_train:
+                variable.trainable = trainable and rule.trainable is not False
 
     def decode(self, arrays: Sequence[Array]) -> PyTree:
-        """The user's pytree with `arrays` for leaves, as JAX functions take it."""
-        return self.structure.unflatten(
-            array if impl is None else jax.random.wrap_key_data(array, impl=impl)
-            for array, impl in zip(arrays, self._impls, strict=True)
-        )
+        """The user's pytree with `arrays`, of the dtypes of the variables, for leaves: as JAX functions take it."""
+        decoded = []
+        for array, leaf, cast in zip(arrays, self.leaves, self._casts, strict=True):
+            if leaf.impl is not None:
+                array = jax.random.wrap_key_data(array, impl=leaf.impl)
+            elif cast is not None:
+                array = array.astype(cast)
+            decoded.append(array)
+        return self.structure.unflatten(decoded)
 
-    def zeros(self, compute_dtype: str) -> PyTree:
-        """The user's pytree with zeros for leaves, in the dtypes that a call gives them: for tracing."""
+    def structs(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of what `decode` takes."""
+        return [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.variables]
 
-        def dtype(variable: keras.Variable) -> str:
-            cast = self._autocast and jnp.issubdtype(variable.dtype, jnp.floating)
-            return compute_dtype if cast else variable.dtype
-
-        return self.decode([jnp.zeros(v.shape, dtype(v)) for v in self.variables])
-
-    def encode(self, tree: PyTree, owner: str) -> list[Array]:
+    def encode(self, tree: PyTree, problem: str) -> list[Array]:
         """The inverse of `decode`, for a new state: checks it against the old; returns arrays for the variables.
+
+        Args:
+            tree: The new state.
+            problem: What an error begins with.
 
         Raises:
             ValueError: If structure or shapes differ, with a line for each path where they do.
         """
-        problem = (
-            f"{owner}: the new state that `call_fn` returned differs from the state it was given. No state has been "
-            "changed. Return a state with the same paths and shapes.\n"
-        )
         values, received = partition(tree, is_leaf_array)
         difference = describe_difference(self.structure, received)
         if difference:
-            raise ValueError(problem + difference)
+            raise ValueError(f"{problem}\n{difference}")
         arrays = [
-            jnp.asarray(value if impl is None else jax.random.key_data(value), variable.dtype)
-            for value, impl, variable in zip(values, self._impls, self.variables, strict=True)
+            jnp.asarray(value if leaf.impl is None else jax.random.key_data(value), variable.dtype)
+            for value, leaf, variable in zip(values, self.leaves, self.variables, strict=True)
         ]
         shapes = [
             f"  shape: {path} was {tuple(variable.shape)}, is {array.shape}"
@@ -109,8 +158,117 @@ class Leaves:
             if tuple(variable.shape) != array.shape
         ]
         if shapes:
-            raise ValueError(problem + "\n".join(shapes))
+            raise ValueError("\n".join([problem, *shapes]))
         return arrays
+
+    def read(self) -> PyTree:
+        """The user's pytree with the values of the variables as NumPy arrays; PRNG keys are JAX arrays."""
+        return self.structure.unflatten(
+            value
+            if leaf.impl is None
+            else jax.random.wrap_key_data(jnp.asarray(value), impl=leaf.impl)
+            for value, leaf in zip(map(_to_host, self.variables), self.leaves, strict=True)
+        )
+
+    def check(self, tree: PyTree) -> tuple[list[np.ndarray], list[str]]:
+        """The values in `tree` for the variables, and a line for each difference that forbids to assign them."""
+        values, received = partition(tree, is_leaf_array)
+        difference = describe_difference(self.structure, received)
+        if difference:
+            return [], [difference]
+        problems, arrays = [], []
+        for value, leaf, variable in zip(values, self.leaves, self.variables, strict=True):
+            if _key_impl(value) != leaf.impl:
+                kinds = [
+                    f"a PRNG key, {impl}" if impl else "no PRNG key"
+                    for impl in (leaf.impl, _key_impl(value))
+                ]
+                problems.append(f"  key: {leaf.path} is {kinds[0]}; received {kinds[1]}")
+                continue
+            array = _own(value)
+            if array.shape != tuple(variable.shape):
+                problems.append(
+                    f"  shape: {leaf.path} is {tuple(variable.shape)}; received {array.shape}"
+                )
+            # Python numbers have no dtype of their own.
+            if isinstance(value, (bool, int, float, complex)) and leaf.takes("dtype", array.dtype):
+                array = array.astype(variable.dtype)
+            if str(array.dtype) != variable.dtype:
+                problems.append(f"  dtype: {leaf.path} is {variable.dtype}; received {array.dtype}")
+            arrays.append(array)
+        return arrays, problems
+
+
+def create_leaves(
+    layer: keras.layers.Layer,
+    trees: tuple[PyTree, PyTree],
+    roots: tuple[tuple[str, ...], tuple[str, ...]],
+    rules: Rules,
+    keep_dtypes: bool,
+    owner: str,
+) -> tuple[Leaves, Leaves]:
+    """Creates the variables of a layer, once it is sure that all of them can be.
+
+    Args:
+        layer: The layer that is to own the variables; it must still track them.
+        trees: `params` and `state`, with the initial values, which are copied.
+        roots: Names that go before each leaf's path, for each of the two.
+        rules: What the user says of leaves.
+        keep_dtypes: Whether float leaves of other widths than 32 bits keep theirs; if not, the layer's variable dtype
+            is for all.
+        owner: What errors begin with.
+
+    Raises:
+        ValueError: If a rule's pattern matches nothing, or nothing that the rule could apply to.
+    """
+    parts = [partition(tree, is_leaf_array) for tree in trees]
+    names = unique_names(
+        [
+            (*root, *map(key_name, path)) or ("value",)
+            for (_, structure), root in zip(parts, roots, strict=True)
+            for path, leaf in zip(structure.key_paths(), structure.leaves, strict=True)
+            if leaf is ARRAY
+        ]
+    )
+    parameters = [
+        is_params
+        for (values, _), is_params in zip(parts, (True, False), strict=True)
+        for _ in values
+    ]
+    values = [value for part, _ in parts for value in part]
+    leaves = [
+        Leaf("/".join(name), _dtype(value), _key_impl(value), is_params)
+        for name, value, is_params in zip(names, values, parameters, strict=True)
+    ]
+    resolved = rules.resolve([leaf.path for leaf in leaves])
+    check_rules(rules, leaves, owner)
+    made, start = [], 0
+    for part, structure in parts:
+        own = slice(start, start := start + len(part))
+        made.append(Leaves(layer, structure, part, leaves[own], resolved[own], keep_dtypes))
+    params, state = made
+    return params, state
+
+
+def check_rules(rules: Rules, leaves: Sequence[Leaf], owner: str) -> None:
+    """Raises ValueError for a rule that matches no leaf, or none of which it could say what it says."""
+    for pattern, rule in rules.pairs:
+        matched = [leaves[index] for index in match(pattern, [leaf.path for leaf in leaves], owner)]
+        for field, value in rule.said().items():
+            if not any(leaf.takes(field, value) for leaf in matched):
+                raise ValueError(
+                    f"{owner}: the rule for {pattern!r} says {field}={value!r}, but can say so of none of the leaves "
+                    f"that it matches: {', '.join(f'{leaf.path} ({leaf.dtype})' for leaf in matched[:5])}. "
+                    "`trainable`, `autocast`, `regularizer` and `constraint` are for float leaves of the parameters, "
+                    "`dtype` for leaves of its own kind: a float dtype for float leaves."
+                )
+
+
+def _kind(dtype: Any) -> str:
+    for kind in (jnp.floating, jnp.complexfloating, jnp.integer):
+        if jnp.issubdtype(dtype, kind):
+            return kind.__name__.replace("floating", "float")
+    return "bool"
 
 
 def unique_names(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -144,22 +302,21 @@ def _create(
     layer: keras.layers.Layer,
     initial: np.ndarray,
     dtype: str,
-    name: tuple[str, ...],
-    trainable: bool,
-    autocast: bool,
+    leaf: Leaf,
 ) -> keras.Variable:
     with contextlib.ExitStack() as stack:
         # `add_weight` would put the name right under the layer; the leaf's path becomes nested scopes instead.
         stack.enter_context(keras.name_scope(layer.name, caller=layer))
-        for scope in name[:-1]:
+        *scopes, name = leaf.path.split("/")
+        for scope in scopes:
             stack.enter_context(keras.name_scope(scope))
         return keras.Variable(
             lambda shape, dtype: keras.ops.convert_to_tensor(initial, dtype),
             shape=initial.shape,
             dtype=dtype,
-            trainable=trainable,
-            autocast=autocast,
-            name=name[-1],
+            trainable=leaf.can_train,
+            autocast=False,  # `decode` casts, inside of what JAX compiles
+            name=name,
         )
 
 
@@ -173,11 +330,20 @@ def _own(value: Any) -> np.ndarray:
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
 
+def _dtype(value: Any) -> str:
+    if _key_impl(value) is not None:
+        return "uint32"
+    if isinstance(value, (bool, int, float, complex)):
+        value = np.asarray(value)
+    dtype = keras.backend.standardize_dtype(value.dtype)
+    return str(jax.dtypes.canonicalize_dtype(dtype))
+
+
 def _key_impl(value: Any) -> Any:
     if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.key_impl(value)
     return None
 
 
-def _is_real(array: np.ndarray) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.floating)
+def _to_host(variable: keras.Variable) -> np.ndarray:
+    return np.array(keras.ops.convert_to_numpy(variable.value))

@@ -39,8 +39,13 @@ def test_constructors_are_keras_s():
         (jaxwrap.JaxLayer, keras.layers.JaxLayer),
         (jaxwrap.FlaxLayer, keras.layers.FlaxLayer),
     ):
-        names = list(inspect.signature(theirs.__init__).parameters)
-        assert list(inspect.signature(ours.__init__).parameters)[: len(names)] == names
+        *names, _ = inspect.signature(theirs.__init__).parameters  # the last is **kwargs
+        parameters = inspect.signature(ours.__init__).parameters
+        assert list(parameters)[: len(names)] == names
+        assert all(
+            p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)
+            for p in list(parameters.values())[len(names) :]
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import pytest
 from backends import to_numpy
 from models import MODELS
 
+from jaxwrap import FlaxLayer
+
 HALF = {"float16": 4e-3, "bfloat16": 3e-2}
 
 
@@ -37,13 +39,10 @@ class Oracle:
         self._params, self._state = values
         self._layer, self._training = layer, training
         self._inputs = inputs = jax.tree.map(jnp.asarray, inputs)
-        self._rng = None
+        self._key = None
         if layer.seed_generator is not None:
             key = jnp.asarray(to_numpy(layer.seed_generator.state.value).astype("uint32"))
-            linen = hasattr(layer, "module")
-            self._rng = (
-                ({"dropout": key} if linen else key) if training else ({} if linen else None)
-            )
+            self._key = key
         self._floats = [
             leaf
             for leaf in jax.tree.leaves((self._params, inputs))
@@ -66,16 +65,35 @@ class Oracle:
             ),
             (self._params, self._inputs),
         )
+        if isinstance(self._layer, FlaxLayer):
+            return self._apply(params, inputs)
         values = {
             "params": params,
             "state": self._state,
-            "rng": self._rng,
+            "rng": self._key if self._training else None,
             "inputs": inputs,
             "training": self._training,
         }
         names = inspect.signature(self._layer.call_fn).parameters
         result = self._layer.call_fn(**{name: values[name] for name in names})
         return result if "state" in names else (result, None)
+
+    def _apply(self, params, inputs):
+        """Native Flax."""
+        module, method = self._layer.module, self._layer.method
+        bound = getattr(module, method) if isinstance(method, str) else method or module.__call__
+        takes_flag = "training" in inspect.signature(bound).parameters
+        flag = {"training": self._training} if takes_flag else {}
+        streams = {"dropout": self._key, "params": jax.random.fold_in(self._key, 1)}
+        outputs, state = module.apply(
+            {**params, **self._state},
+            inputs,
+            rngs=streams if self._training else {},
+            method=method,
+            mutable=list(self._state),
+            **flag,
+        )
+        return outputs, dict(state)
 
     def __call__(self):
         """Outputs, new state, one cotangent for each output (None for ints), and the gradients."""

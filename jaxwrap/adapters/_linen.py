@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import keras
 
 from jaxwrap._layer import JaxLayer
-from jaxwrap._typing import PyTree
+from jaxwrap._pure import CallResult
+from jaxwrap._pytree import key_name
+from jaxwrap._signature import AUTO, call_by_name, find_train_flag
+from jaxwrap._typing import Array, PyTree
+
+# What may be said of a collection of variables.
+TRAINABLE, STATE, LOSS, METRIC, OUTPUT, DROP = _ROLES = (
+    "trainable",
+    "state",
+    "loss",
+    "metric",
+    "output",
+    "drop",
+)
+_DEFAULT_ROLES = {"params": TRAINABLE, "losses": LOSS, "metrics": METRIC, "intermediates": DROP}
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
 class FlaxLayer(JaxLayer):
     """A Keras layer that computes a Flax Linen module, on every Keras backend.
 
-    The contract is that of `keras.layers.FlaxLayer`: the method takes `inputs`, one array or any nest of arrays, and,
-    if it likes, `training`. The collection `params` is trained; all others that the module makes when it is initialized
-    are non-trainable state. Every RNG stream that the module draws from gets new keys at each call in training.
+    The contract is that of `keras.layers.FlaxLayer`, and more: the layer takes the arguments that the method takes,
+    tensors by position or by keyword, other values by keyword. Of these, the method's train flag is Keras's
+    `training`. Every RNG stream that the module draws from gets new keys at each call; in inference the streams are
+    there only for a module that cannot do without, unless `rngs` names them.
 
     Args:
         module: A `flax.linen.Module`.
@@ -27,11 +42,28 @@ class FlaxLayer(JaxLayer):
             as its first argument.
         variables: Initial variables, as `module.init` returns them. They are copied. None to have `module.init` make
             them when the layer is built.
-        **kwargs: What `JaxLayer` takes beside its functions and values: `seed`, `name`, `dtype`, ...
+        collections: What collections of variables are, by name:
+
+            - "trainable": parameters. The default for `params`.
+            - "state": non-trainable state, if `module.init` makes it. The default for all not named here.
+            - "loss": their sum is added to the model's loss. The default for `losses`.
+            - "metric": the model reports their means over batches. The default for `metrics`.
+            - "output": the layer returns `(outputs, {name: collection})`.
+            - "drop": nothing is kept. The default for `intermediates`.
+        rngs: The names of the RNG streams, or a dict with a seed for each, or None for those that are to draw from the
+            seed of the layer. By default any that the module asks for.
+        training_argument: The train flag of the method. By default `training`, `train`, `is_training`, or the opposite,
+            `deterministic`, `inference`, `use_running_average`; "train" names it, "!frozen" names an opposite one. With
+            None the module's own default holds.
+        **kwargs: What `JaxLayer` takes beside its functions and values: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
         module: The module.
         method: The method, as given.
+
+    Raises:
+        TypeError: If `variables` is no dict.
+        ValueError: If a collection is said to be something else, or the method has no argument `training_argument`.
 
     Example:
         >>> import flax.linen as nn, numpy as np, jaxwrap
@@ -47,60 +79,158 @@ class FlaxLayer(JaxLayer):
         module: Any,
         method: str | Callable[..., Any] | None = None,
         variables: PyTree = None,
+        *,
+        collections: Mapping[str, str] | None = None,
+        rngs: Mapping[str, int | None] | Sequence[str] | None = None,
+        training_argument: str | None = AUTO,
         **kwargs: Any,
     ):
+        owner = f"{type(self).__name__} {kwargs.get('name') or type(module).__name__!r}"
         if variables is not None and not isinstance(variables, Mapping):
             raise TypeError(
-                f"{type(self).__name__}: `variables` must be a dict of collections, as `module.init` returns it; "
+                f"{owner}: `variables` must be a dict of collections, as `module.init` returns it; "
                 f"received a {type(variables).__name__}."
             )
+        for name, role in (collections or {}).items():
+            if role not in _ROLES:
+                raise ValueError(
+                    f"{owner}: `collections` says {role!r} of {name!r}; expected one of {', '.join(map(repr, _ROLES))}."
+                )
         self.module = module
         self.method = method
-        params, state = _split(variables)
-        super().__init__(**self._functions(), params=params, state=state, **kwargs)
-
-    def _functions(self) -> dict[str, Callable[..., Any]]:
-        """The `call_fn` and `init_fn` of the module."""
-        from flax.core import DenyList
-
-        module, method = self.module, self.method
-        bound = getattr(module, method) if isinstance(method, str) else method or module.__call__
-
-        def apply(params: PyTree, state: PyTree, rng: PyTree, inputs: PyTree, **flag: bool) -> Any:
-            outputs, changed = module.apply(
-                {**(params or {}), **(state or {})},
-                inputs,
-                rngs=_with_default_stream(rng),
-                method=method,
-                mutable=DenyList(["params"]),
-                **flag,
-            )
-            # Only what `init` makes is state: collections such as `intermediates` appear in `apply` alone.
-            return outputs, {name: changed.get(name, old) for name, old in (state or {}).items()}
-
-        def init(rng: PyTree, inputs: PyTree, **flag: bool) -> tuple[PyTree, PyTree]:
-            return _split(module.init(rng, inputs, method=method, **flag))
-
-        if "training" not in inspect.signature(bound).parameters:
-            return {
-                "call_fn": lambda params, state, rng, inputs: apply(params, state, rng, inputs),
-                "init_fn": lambda rng, inputs: init(rng, inputs),
-            }
-        return {
-            "call_fn": lambda params, state, rng, inputs, training: apply(
-                params, state, rng, inputs, training=training
-            ),
-            "init_fn": lambda rng, inputs, training: init(rng, inputs, training=training),
+        self._keep("_collections", dict(collections or {}))
+        self._keep("_roles", {**_DEFAULT_ROLES, **self._collections})
+        streams = rngs if isinstance(rngs, Mapping) else dict.fromkeys(rngs or ())
+        self._keep("_rngs", None if rngs is None else dict(streams))
+        self._keep("_module_argument", training_argument)
+        self._read_method(owner)
+        params, state = (None, None) if variables is None else self._split_variables(variables)
+        super().__init__(self._call, self._init_module, params=params, state=state, **kwargs)
+        self._stream_generators = {
+            name: self._make_generator(seed, f"rngs_{name}")
+            for name, seed in streams.items()
+            if seed is not None
         }
 
+    def _read_method(self, owner: str) -> None:
+        """Finds out what the method takes, and which argument of it is the train flag."""
+        module, method = self.module, self.method
+        bound = getattr(module, method) if isinstance(method, str) else method or module.__call__
+        parameters = dict(inspect.signature(bound).parameters)
+        if not isinstance(method, str) and method is not None and not inspect.ismethod(method):
+            del parameters[next(iter(parameters))]  # the module
+        self._keep("_flag", find_train_flag(parameters, self._module_argument, owner))
+        own = getattr(module, self._flag.name, None) if self._flag else None
+        if own is not None and self._module_argument == AUTO:
+            self._keep(
+                "_flag", None
+            )  # the module has been told when it was made, and wants to hear it once
+        self._keep("_parameters", parameters)
+
+    def _module_parameters(self) -> Iterable[inspect.Parameter]:
+        fed = [
+            parameter
+            for name, parameter in self._parameters.items()
+            if name != "training"
+            and (self._flag is None or name != self._flag.name)
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        if not fed and any(p.kind is p.VAR_POSITIONAL for p in self._parameters.values()):
+            fed = [inspect.Parameter("inputs", inspect.Parameter.POSITIONAL_ONLY)]
+        return fed
+
+    # The two pure functions.
+
+    def _init_module(self, rng: PyTree, inputs: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        return self._split_variables(self.module.init(rng, inputs, training=True, method=self._run))
+
+    def _call(
+        self, params: PyTree, state: PyTree, rng: PyTree, inputs: dict[str, PyTree], training: bool
+    ) -> CallResult:
+        from flax.core import DenyList
+        from flax.errors import InvalidRngError
+
+        fixed = [name for name, role in self._roles.items() if role in (TRAINABLE, DROP)]
+
+        def apply(rngs: PyTree) -> tuple[PyTree, PyTree]:
+            return self.module.apply(
+                {**(params or {}), **(state or {})},
+                inputs,
+                training=training,
+                rngs=rngs,
+                method=self._run,
+                mutable=DenyList(fixed),
+            )
+
+        if self._rngs is not None or type(self)._get_call_rng is not FlaxLayer._get_call_rng:
+            outputs, changed = apply(rng)
+        elif training:
+            outputs, changed = apply(_with_default_stream(rng))
+        else:
+            try:
+                outputs, changed = apply({})
+            except InvalidRngError:
+                outputs, changed = apply(_with_default_stream(rng))
+        parts = {role: self._with_role(changed, role) for role in (LOSS, METRIC, OUTPUT)}
+        if OUTPUT in self._roles.values():
+            outputs = (outputs, parts[OUTPUT])
+        return CallResult(
+            outputs,
+            # Only what `init` makes is state: other collections appear in `apply` alone.
+            {name: changed.get(name, old) for name, old in (state or {}).items()},
+            parts[LOSS],
+            _flat_metrics(parts[METRIC]),
+        )
+
+    def _run(self, module: Any, inputs: dict[str, PyTree], training: bool) -> Any:
+        """Calls the method of a bound module."""
+        method = self.method
+        if inspect.ismethod(method):
+            method = method.__name__
+        if isinstance(method, str):
+            fn = getattr(module, method)
+        else:
+            fn = module if method is None else lambda *a, **k: method(module, *a, **k)
+        if self._flag:
+            inputs = {**inputs, self._flag.name: self._flag.value(training)}
+        if set(inputs) - set(self._parameters):  # a method of any arguments
+            return fn(*inputs.values())
+        return call_by_name(fn, self._parameters, inputs)
+
+    def _with_role(self, variables: PyTree, role: str) -> dict[str, PyTree]:
+        return {
+            name: collection
+            for name, collection in variables.items()
+            if self._roles.get(name, STATE) == role
+        }
+
+    # What the layer asks of an adapter.
+
     def _get_init_rng(self) -> PyTree:
-        return {"params": self._get_init_seed(), "dropout": self._get_init_seed()}
+        names = dict.fromkeys(["params", "dropout", *(self._rngs or ())])
+        return {name: self._get_init_seed() for name in names}
 
     def _get_call_rng(self, training: bool) -> PyTree:
-        return {"dropout": self._get_call_seed()} if training else {}
+        if self._rngs is None:
+            return {"dropout": self._get_call_seed()}
+        generators = self._stream_generators
+        return {
+            name: generators[name].next() if name in generators else self._get_call_seed()
+            for name in self._rngs
+        }
+
+    def _generators(self) -> dict[str, keras.random.SeedGenerator]:
+        streams = self._stream_generators.items()
+        return {**super()._generators(), **{f"seed_{name}": seed for name, seed in streams}}
 
     def _variable_roots(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()  # the collections' names begin the paths already
+
+    def _join_variables(self, params: PyTree, state: PyTree) -> PyTree:
+        return {**(params or {}), **(state or {})}
+
+    def _split_variables(self, variables: PyTree) -> tuple[PyTree, PyTree]:
+        return self._with_role(variables, TRAINABLE), self._with_role(variables, STATE)
 
     def _function_config(self) -> dict[str, Any]:
         method = self.method
@@ -109,23 +239,28 @@ class FlaxLayer(JaxLayer):
         return {
             "module": keras.saving.serialize_keras_object(self.module),
             "method": keras.saving.serialize_keras_object(method),
+            "collections": self._collections,
+            "rngs": self._rngs,
+            "training_argument": self._module_argument,
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> FlaxLayer:
-        """Makes a layer from what `get_config` gave."""
+    def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
         module = keras.saving.deserialize_keras_object(config["module"])
         method = keras.saving.deserialize_keras_object(config["method"])
-        # Past JaxLayer's own: this layer has no functions in its config.
-        return super(JaxLayer, cls).from_config({**config, "module": module, "method": method})
+        return {**super()._arguments_from_config(config), "module": module, "method": method}
 
 
-def _split(variables: PyTree) -> tuple[PyTree, PyTree]:
-    """Linen's variables as `(params, state)`, both of them dicts of collections."""
-    if variables is None:
-        return None, None
-    state = {name: collection for name, collection in variables.items() if name != "params"}
-    return ({"params": variables["params"]} if "params" in variables else {}), state
+def _flat_metrics(collections: PyTree) -> dict[str, Array]:
+    """Metrics by their paths; what has been sown once is no tuple."""
+    metrics = {}
+    for collection in collections.values():
+        leaves = jax.tree_util.tree_leaves_with_path(
+            collection, is_leaf=lambda node: isinstance(node, tuple) and len(node) == 1
+        )
+        for path, leaf in leaves:
+            metrics["/".join(map(key_name, path))] = leaf[0] if isinstance(leaf, tuple) else leaf
+    return metrics
 
 
 def _with_default_stream(rngs: PyTree) -> PyTree:

@@ -1,0 +1,154 @@
+"""What is said of leaves, by patterns of their paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import keras
+
+from jaxwrap._bridge._base import check_dtype
+
+
+@keras.saving.register_keras_serializable(package="jaxwrap")
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What is to hold for the leaves whose paths a pattern matches; None leaves a thing as it is.
+
+    Attributes:
+        trainable: Whether a float leaf of the parameters is trained. One that is not has no gradient computed for it.
+        dtype: The dtype of the variable. A float leaf takes any float dtype, an integer leaf any integer dtype.
+        autocast: Whether a float leaf of the parameters is cast to the compute dtype for a call. State never is.
+        regularizer: A Keras regularizer, its name or its config, whose loss `fit` adds.
+        constraint: A Keras constraint, its name or its config, which optimizers apply after each update.
+
+    Raises:
+        TypeError: For a field of another type.
+        ValueError: For a regularizer or a constraint that Keras does not know.
+
+    Example:
+        >>> import flax.linen as nn, numpy as np, jaxwrap
+        >>> rules = {".*/bias": jaxwrap.Rule(trainable=False), ".*/kernel": jaxwrap.Rule(regularizer="l2")}
+        >>> layer = jaxwrap.FlaxLayer(nn.Dense(2), name="dense", rules=rules)
+        >>> _ = layer(np.ones((1, 3), "float32"))
+        >>> [variable.path for variable in layer.trainable_variables], len(layer.losses)
+        (['dense/params/kernel'], 1)
+    """
+
+    trainable: bool | None = None
+    dtype: Any = None
+    autocast: bool | None = None
+    regularizer: Any = None
+    constraint: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("trainable", "autocast"):
+            if not isinstance(value := getattr(self, name), (bool, type(None))):
+                raise TypeError(f"Rule: `{name}` must be True, False or None; received {value!r}.")
+        if self.dtype is not None:
+            name = self.dtype if isinstance(self.dtype, str) else jnp.dtype(self.dtype).name
+            check_dtype(name)
+            object.__setattr__(self, "dtype", name)
+        object.__setattr__(self, "regularizer", keras.regularizers.get(self.regularizer))
+        object.__setattr__(self, "constraint", keras.constraints.get(self.constraint))
+
+    def then(self, later: Rule) -> Rule:
+        """This rule, with what `later` says put over it."""
+        return dataclasses.replace(self, **later.said())
+
+    def said(self) -> dict[str, Any]:
+        """The fields that are not None."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def get_config(self) -> dict[str, Any]:
+        """The fields that are not None, as Keras serializes them."""
+        return {
+            name: keras.saving.serialize_keras_object(value) for name, value in self.said().items()
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Rule:
+        """Makes a rule from what `get_config` gave."""
+        return cls(**config)
+
+
+class Rules:
+    """An ordered list of patterns with their rules; all that match a path apply, later ones over earlier ones."""
+
+    def __init__(self, rules: Mapping[str, Rule] | Iterable[tuple[str, Rule]] | None, owner: str):
+        """Checks what the user gave.
+
+        Args:
+            rules: A dict from pattern to rule, or pairs of them.
+            owner: What errors begin with.
+
+        Raises:
+            TypeError: If it is something else.
+            ValueError: If a pattern is no regular expression.
+        """
+        self._owner = owner
+        self.pairs: list[tuple[str, Rule]] = []
+        given = rules.items() if isinstance(rules, Mapping) else rules or ()
+        for pair in given:
+            pattern, rule = pair
+            if not isinstance(pattern, str) or not isinstance(rule, Rule):
+                raise TypeError(
+                    f"{owner}: `rules` must map patterns to `jaxwrap.Rule`; received {pattern!r}: {rule!r}."
+                )
+            self.append(pattern, rule)
+
+    def append(self, pattern: str, rule: Rule) -> None:
+        """Adds a rule over all others."""
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{self._owner}: the pattern {pattern!r} is no regular expression: {error}."
+            ) from error
+        self.pairs.append((pattern, rule))
+
+    def resolve(self, paths: Sequence[str]) -> list[Rule]:
+        """What the rules say of each path.
+
+        Raises:
+            ValueError: If a pattern matches none of the paths.
+        """
+        resolved = [Rule()] * len(paths)
+        for pattern, rule in self.pairs:
+            for index in match(pattern, paths, self._owner):
+                resolved[index] = resolved[index].then(rule)
+        return resolved
+
+
+def match(pattern: str, paths: Sequence[str], owner: str) -> list[int]:
+    """The indices of the paths that a pattern matches as a whole.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = [index for index, path in enumerate(paths) if re.fullmatch(pattern, path)]
+    if not found:
+        raise ValueError(
+            f"{owner}: the pattern {pattern!r} matches none of the {len(paths)} paths below the layer. A pattern is a "
+            "regular expression for the whole path, such as '.*/kernel'. "
+            f"Near it: {', '.join(_near(pattern, paths)) or 'nothing'}."
+        )
+    return found
+
+
+def _near(pattern: str, paths: Sequence[str]) -> list[str]:
+    literal = re.sub(r"\.\*|[\\^$()\[\]?+*|]", "", pattern)
+    last = literal.rpartition("/")[2]
+    containing = [path for path in paths if last and last in path]
+    alike = difflib.get_close_matches(literal, paths, n=5, cutoff=0.3)
+    by_name = [
+        path
+        for path in paths
+        if difflib.SequenceMatcher(None, last, path.rpartition("/")[2]).ratio() > 0.6
+    ]
+    return (list(dict.fromkeys([*containing, *by_name, *alike])) or list(paths))[:5]

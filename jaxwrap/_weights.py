@@ -1,0 +1,230 @@
+"""What every layer of ours does with its weights: names, rules, freezing, reading and writing them as a pytree."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import keras
+
+from jaxwrap._rules import Rule, Rules
+from jaxwrap._typing import PyTree
+from jaxwrap._variables import Leaves, check_rules, create_leaves
+
+
+class WeightRow(NamedTuple):
+    """One weight.
+
+    Attributes:
+        path: The path of the variable, with the name of the layer.
+        shape: Its shape.
+        dtype: The name of its dtype.
+        trainable: Whether it is trained.
+        size: How many numbers it holds.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    size: int
+
+
+class WeightTable(tuple[WeightRow, ...]):
+    """The weights of a layer, a tuple of `WeightRow` that prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [
+            (row.path, str(row.shape), row.dtype, "yes" if row.trainable else "no", f"{row.size:,}")
+            for row in self
+        ]
+        rows.insert(0, WeightRow._fields)
+        rows.append(("total", "", "", "", f"{sum(row.size for row in self):,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if column == len(widths) - 1 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+
+
+class WeightedLayer(keras.layers.Layer):
+    """A layer whose weights are the leaves of two pytrees, `params` and `state`."""
+
+    def __init__(
+        self,
+        rules: Mapping[str, Rule] | Iterable[tuple[str, Rule]] | None,
+        owner: str,
+        **kwargs: Any,
+    ):
+        checked = Rules(rules, owner)
+        super().__init__(**kwargs)
+        self._keep("_rules", checked)
+        self._keep("_leaves", None)
+        # Without a dtype of its own, a layer leaves the widths of leaves to the user.
+        self._keep_dtypes = kwargs.get("dtype") is None
+
+    @property
+    def params(self) -> PyTree:
+        """The trainable parameters as the user's pytree, with a `keras.Variable` for each array or number."""
+        return self._leaves[0].tree if self._leaves else None
+
+    @property
+    def state(self) -> PyTree:
+        """The non-trainable state as the user's pytree, with a `keras.Variable` for each array or number."""
+        return self._leaves[1].tree if self._leaves else None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer is trained. Setting it leaves frozen what a rule or `freeze` has frozen."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.layers.Layer.trainable.fset(self, value)
+        # Keras sets this before the constructor has come that far.
+        for leaves in getattr(self, "_leaves", None) or ():
+            leaves.set_trainable(bool(value))
+
+    def freeze(self, pattern: str) -> None:
+        """Excepts parameters from training: no gradient is computed for them any more.
+
+        As always in Keras, a model that has been compiled must be compiled again.
+
+        Args:
+            pattern: A regular expression for whole paths below the layer, `params/Dense_0/.*` say.
+
+        Raises:
+            ValueError: If the layer has not been built, or the pattern matches no float leaf of the parameters.
+        """
+        self._set_trainable(pattern, False)
+
+    def unfreeze(self, pattern: str) -> None:
+        """Takes parameters back into training: the opposite of `freeze`, with the same arguments and errors."""
+        self._set_trainable(pattern, True)
+
+    def weight_table(self) -> WeightTable:
+        """The weights, in the order of their leaves, with path, shape, dtype, whether they are trained, and size.
+
+        Raises:
+            ValueError: If the layer has not been built.
+
+        Example:
+            >>> import flax.linen as nn, numpy as np, jaxwrap
+            >>> layer = jaxwrap.FlaxLayer(nn.Dense(2), name="dense")
+            >>> _ = layer(np.ones((1, 3), "float32"))
+            >>> print(layer.weight_table())
+            path                 shape   dtype    trainable  size
+            dense/params/bias    (2,)    float32  yes           2
+            dense/params/kernel  (3, 2)  float32  yes           6
+            total                                               8
+        """
+        trained = {id(variable) for variable in self.trainable_variables}
+        return WeightTable(
+            WeightRow(v.path, tuple(v.shape), v.dtype, id(v) in trained, math.prod(v.shape))
+            for leaves in self._built_leaves()
+            for v in leaves.variables
+        )
+
+    def get_variables(self) -> PyTree:
+        """The values of the weights, in the user's own structure.
+
+        Returns:
+            A dict with the pytrees `params` and `state`, those of them that the layer has, with NumPy arrays for
+            leaves, in the dtypes of the variables; PRNG keys are JAX arrays. Leaves that are no arrays are in place.
+
+        Raises:
+            ValueError: If the layer has not been built.
+        """
+        params, state = self._built_leaves()
+        return self._join_variables(params.read(), state.read())
+
+    def set_variables(self, variables: PyTree) -> None:
+        """Assigns values to all weights, or to none.
+
+        Args:
+            variables: A pytree as `get_variables` returns it, of any arrays.
+
+        Raises:
+            ValueError: If structure, shapes or dtypes differ from those of the weights. All differences are listed,
+                and nothing has been assigned.
+        """
+        parts = self._split_variables(variables)
+        checked = [
+            leaves.check(tree) for leaves, tree in zip(self._built_leaves(), parts, strict=True)
+        ]
+        problems = [line for _, lines in checked for line in lines]
+        if problems:
+            raise ValueError(
+                f"{self._owner}: these variables do not fit the weights, of which none has been changed. Cast or "
+                "reshape what differs.\n" + "\n".join(problems)
+            )
+        for leaves, (values, _) in zip(self._built_leaves(), checked, strict=True):
+            for variable, value in zip(leaves.variables, values, strict=True):
+                variable.assign(value)
+
+    # What adapters may override.
+
+    def _variable_roots(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names that go before the paths of the leaves of `params`, and of `state`."""
+        return ("params",), ("state",)
+
+    def _join_variables(self, params: PyTree, state: PyTree) -> PyTree:
+        """What `get_variables` returns."""
+        parts = {"params": params, "state": state}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _split_variables(self, variables: PyTree) -> tuple[PyTree, PyTree]:
+        """The inverse of `_join_variables`."""
+        if not isinstance(variables, Mapping) or not set(variables) <= {"params", "state"}:
+            raise ValueError(
+                f"{self._owner}: expected a dict with `params` and `state`, as `get_variables` returns it; received a "
+                f"{type(variables).__name__}{f' of {list(variables)}' if isinstance(variables, Mapping) else ''}."
+            )
+        return variables.get("params"), variables.get("state")
+
+    # For the layer itself.
+
+    @property
+    def _owner(self) -> str:
+        return f"{type(self).__name__} {self.name!r}"
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Sets an attribute as it is: Keras would wrap containers, and JAX not know them any more."""
+        object.__setattr__(self, name, value)
+
+    def _create_leaves(self, params: PyTree, state: PyTree) -> None:
+        leaves = create_leaves(
+            self,
+            (params, state),
+            self._variable_roots(),
+            self._rules,
+            self._keep_dtypes,
+            self._owner,
+        )
+        self._keep("_leaves", leaves)
+        self.tracked_params, self.tracked_state = (part.variables for part in leaves)
+
+    def _built_leaves(self) -> tuple[Leaves, Leaves]:
+        if self._leaves is None:
+            raise ValueError(
+                f"{self._owner} has no weights yet. Call it, or build it: `layer.build(input_shape)`."
+            )
+        return self._leaves
+
+    def _set_trainable(self, pattern: str, trainable: bool) -> None:
+        rule = Rule(trainable=trainable)
+        rules = Rules([(pattern, rule)], self._owner)
+        parts = self._built_leaves()
+        check_rules(rules, [leaf for leaves in parts for leaf in leaves.leaves], self._owner)
+        params, _ = parts
+        for index, leaf in enumerate(params.leaves):
+            if re.fullmatch(pattern, leaf.path):
+                params.apply(index, rule)
+        self._rules.append(pattern, rule)
