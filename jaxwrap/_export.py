@@ -56,13 +56,15 @@ def export_saved_model(
     import tensorflow as tf
 
     signature = _signature(model, input_signature)
-    archive = keras.export.ExportArchive()
+    archive: Any = keras.export.ExportArchive()
     archive.track(model)
     trainable = list(archive.trainable_variables)
     others = list(archive.non_trainable_variables)
 
     def infer(values: PyTree, _: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        outputs, after = model.stateless_call(values["trainable"], state, *values["inputs"])
+        # Typed with a third result, the losses, which comes only if asked for.
+        result: Any = model.stateless_call(values["trainable"], state, *values["inputs"])
+        outputs, after = result
         # What the model leaves alone is not written at each call.
         changed = [new if new is not old else None for new, old in zip(after, state, strict=True)]
         return outputs, changed

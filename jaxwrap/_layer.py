@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.core import Tracer
 
 from jaxwrap._arguments import Arguments, placeholders
 from jaxwrap._bridge import get_bridge
@@ -98,7 +99,7 @@ class JaxLayer(WeightedLayer):
         key_impl: str | None = None,
         **kwargs: Any,
     ):
-        owner = f"{type(self).__name__} {kwargs.get('name') or getattr(call_fn, '__name__', '').lstrip('_')!r}"
+        owner = self._describe(kwargs.get("name"))
         if isinstance(call_arguments, str):
             raise ValueError(
                 f"{owner}: `call_arguments` must be a tuple of names; received {call_arguments!r}."
@@ -147,6 +148,7 @@ class JaxLayer(WeightedLayer):
         self._keep("_nests", set())
         self._keep("_abstract", {})
         self._keep("_means", {})
+        self._called: Any
         self._keep("_called", threading.local())
         if params is not None or state is not None or not pure.variables:
             self._create_leaves(params, state)
@@ -213,7 +215,7 @@ class JaxLayer(WeightedLayer):
             traced = [
                 path_str(path)
                 for path, leaf in jax.tree_util.tree_leaves_with_path((params, state))
-                if isinstance(leaf, jax.core.Tracer)
+                if isinstance(leaf, Tracer)
             ]
             if traced:
                 raise ValueError(
@@ -493,7 +495,9 @@ class JaxLayer(WeightedLayer):
         """Stores the values of the variables, and the seeds with their counters, which Keras leaves out."""
         super().save_own_variables(store)
         for name, generator in self._generators().items():
-            store[name] = keras.ops.convert_to_numpy(generator.state.value).astype("int64")
+            store[name] = np.asarray(
+                keras.ops.convert_to_numpy(generator.state.value), dtype="int64"
+            )
 
     def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` stored. A file without seeds leaves the layer's own."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import jax.numpy as jnp
 import keras
+from jax.core import Tracer
 
 from jaxwrap._typing import Tensor
 
@@ -27,11 +29,11 @@ class RunningMean:
             keras.name_scope("metrics"),
             keras.name_scope(re.sub(r"[^A-Za-z0-9_-]", "_", name)),
         ):
-            self.variables = [
+            self.variables = tuple(
                 keras.Variable("zeros", (), "float32", trainable=False, autocast=False, name=part)
                 for part in ("total", "count")
-            ]
-        self.metric = _Reader(f"{layer.name}/{name}", tuple(self.variables))
+            )
+        self.metric = _Reader(f"{layer.name}/{name}", self.variables)
 
     def update(self, value: Tensor) -> None:
         """Adds a value, a scalar tensor."""
@@ -43,7 +45,9 @@ class RunningMean:
 class _Reader(keras.metrics.Metric):
     """A metric whose result is the quotient of two variables that are not its own."""
 
-    def __init__(self, name: str, variables: tuple[keras.Variable, keras.Variable]):
+    _read: tuple[keras.Variable, ...]
+
+    def __init__(self, name: str, variables: tuple[keras.Variable, ...]):
         super().__init__(name=name)
         # Past Keras, which would make them the metric's own.
         object.__setattr__(self, "_read", variables)
@@ -52,7 +56,13 @@ class _Reader(keras.metrics.Metric):
         """The layer updates the variables when it is called."""
 
     def result(self) -> Tensor:
-        """The mean since the last reset."""
+        """The mean since the last reset.
+
+        In a compiled step on JAX Keras holds the new values of a layer's variables out of reach of metrics, and the
+        old ones would be taken for constants. There the result is NaN; at the end of an epoch Keras asks again.
+        """
+        if isinstance(jnp.zeros(()), Tracer):
+            return jnp.nan
         total, count = self._read
         return keras.ops.divide_no_nan(total.value, count.value)
 

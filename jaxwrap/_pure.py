@@ -14,7 +14,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxwrap._arguments import Arguments
 from jaxwrap._pytree import is_leaf_array, path_str
-from jaxwrap._signature import Signature, find_train_flag, parameters_of
+from jaxwrap._signature import AUTO, Signature, find_train_flag, parameters_of
 from jaxwrap._typing import Array, PyTree
 
 _OWN_ARGUMENTS = ("params", "state", "rng")
@@ -97,10 +97,10 @@ class PureFunctions:
         self._init = self._init_flag = None
         if init_fn is not None:
             init_parameters = parameters_of(init_fn, "init_fn", owner)
-            found = training_argument in ("auto", None) or self._flag.name in init_parameters
-            self._init_flag = find_train_flag(
-                init_parameters, training_argument if found else None, owner
-            )
+            # One that is named by hand is that of `call_fn`; `init_fn` need not have it.
+            flag = None if training_argument == AUTO else self._flag
+            if flag is None or flag.name in init_parameters:
+                self._init_flag = find_train_flag(init_parameters, training_argument, owner)
             own = ("rng", *names, self._init_flag.name if self._init_flag else "training")
             required = names if names == ("inputs",) else ()
             self._init = Signature(init_fn, "init_fn", own, required, owner)

@@ -48,7 +48,7 @@ class Structure:
 
     __slots__ = ("_hash", "_key", "leaves", "treedef")
 
-    def __init__(self, treedef: jax.tree_util.PyTreeDef, leaves: Sequence[Any]):
+    def __init__(self, treedef: Any, leaves: Sequence[Any]):
         self.treedef = treedef
         self.leaves = tuple(leaves)
         self._key = tuple(_static_key(leaf) for leaf in self.leaves)

@@ -32,8 +32,7 @@ def to_key(seed: Tensor, impl: str | None = None) -> Array:
         A typed key of that implementation; for None, a raw key of JAX's default one, as `jax.random.PRNGKey` makes it.
     """
     words = jnp.asarray(seed).astype(jnp.uint32)
-    chosen = impl or jax.config.jax_default_prng_impl
-    (size,) = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=chosen))).shape
+    (size,) = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
     data = jnp.tile(words, -(-size // 2))[:size]
     return data if impl is None else jax.random.wrap_key_data(data, impl=impl)
 

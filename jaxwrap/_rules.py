@@ -91,7 +91,6 @@ class Rules:
             TypeError: If it is something else.
             ValueError: If a pattern is no regular expression.
         """
-        self._owner = owner
         self.pairs: list[tuple[str, Rule]] = []
         given = rules.items() if isinstance(rules, Mapping) else rules or ()
         for pair in given:
@@ -100,19 +99,15 @@ class Rules:
                 raise TypeError(
                     f"{owner}: `rules` must map patterns to `jaxwrap.Rule`; received {pattern!r}: {rule!r}."
                 )
-            self.append(pattern, rule)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{owner}: the pattern {pattern!r} is no regular expression: {error}."
+                ) from error
+            self.pairs.append((pattern, rule))
 
-    def append(self, pattern: str, rule: Rule) -> None:
-        """Adds a rule over all others."""
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{self._owner}: the pattern {pattern!r} is no regular expression: {error}."
-            ) from error
-        self.pairs.append((pattern, rule))
-
-    def resolve(self, paths: Sequence[str]) -> list[Rule]:
+    def resolve(self, paths: Sequence[str], owner: str) -> list[Rule]:
         """What the rules say of each path.
 
         Raises:
@@ -120,7 +115,7 @@ class Rules:
         """
         resolved = [Rule()] * len(paths)
         for pattern, rule in self.pairs:
-            for index in match(pattern, paths, self._owner):
+            for index in match(pattern, paths, owner):
                 resolved[index] = resolved[index].then(rule)
         return resolved
 

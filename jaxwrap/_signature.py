@@ -55,8 +55,9 @@ def find_train_flag(names: Collection[str], argument: str | None, owner: str) ->
     if argument is None:
         return None
     if argument == AUTO:
-        argument = next((flag for flag in _TRAIN_FLAGS if flag.removeprefix("!") in names), None)
-        return argument and TrainFlag(argument.removeprefix("!"), argument.startswith("!"))
+        usual = (flag for flag in _TRAIN_FLAGS if flag.removeprefix("!") in names)
+        if (argument := next(usual, None)) is None:
+            return None
     name = argument.removeprefix("!")
     if name not in names:
         raise ValueError(

@@ -240,7 +240,7 @@ def create_leaves(
         Leaf("/".join(name), _dtype(value), _key_impl(value), is_params)
         for name, value, is_params in zip(names, values, parameters, strict=True)
     ]
-    resolved = rules.resolve([leaf.path for leaf in leaves])
+    resolved = rules.resolve([leaf.path for leaf in leaves], owner)
     check_rules(rules, leaves, owner)
     made, start = [], 0
     for part, structure in parts:

@@ -42,8 +42,8 @@ class WeightTable(tuple[WeightRow, ...]):
             (row.path, str(row.shape), row.dtype, "yes" if row.trainable else "no", f"{row.size:,}")
             for row in self
         ]
-        rows.insert(0, WeightRow._fields)
-        rows.append(("total", "", "", "", f"{sum(row.size for row in self):,}"))
+        total = ("total", "", "", "", f"{sum(row.size for row in self):,}")
+        rows = [WeightRow._fields, *rows, total]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(
@@ -87,7 +87,7 @@ class WeightedLayer(keras.layers.Layer):
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        keras.layers.Layer.trainable.fset(self, value)
+        keras.layers.Layer.trainable.fset(self, value)  # pyright: ignore[reportOptionalCall]
         # Keras sets this before the constructor has come that far.
         for leaves in getattr(self, "_leaves", None) or ():
             leaves.set_trainable(bool(value))
@@ -155,6 +155,10 @@ class WeightedLayer(keras.layers.Layer):
             ValueError: If structure, shapes or dtypes differ from those of the weights. All differences are listed,
                 and nothing has been assigned.
         """
+        if not isinstance(variables, Mapping):
+            raise ValueError(
+                f"{self._owner}: expected a dict, as `get_variables` returns it; received a {type(variables).__name__}."
+            )
         parts = self._split_variables(variables)
         checked = [
             leaves.check(tree) for leaves, tree in zip(self._built_leaves(), parts, strict=True)
@@ -182,10 +186,9 @@ class WeightedLayer(keras.layers.Layer):
 
     def _split_variables(self, variables: PyTree) -> tuple[PyTree, PyTree]:
         """The inverse of `_join_variables`."""
-        if not isinstance(variables, Mapping) or not set(variables) <= {"params", "state"}:
+        if unknown := set(variables) - {"params", "state"}:
             raise ValueError(
-                f"{self._owner}: expected a dict with `params` and `state`, as `get_variables` returns it; received a "
-                f"{type(variables).__name__}{f' of {list(variables)}' if isinstance(variables, Mapping) else ''}."
+                f"{self._owner}: expected a dict with `params` and `state`; received {sorted(unknown)} in it."
             )
         return variables.get("params"), variables.get("state")
 
@@ -193,7 +196,11 @@ class WeightedLayer(keras.layers.Layer):
 
     @property
     def _owner(self) -> str:
-        return f"{type(self).__name__} {self.name!r}"
+        return self._describe(self.name)
+
+    def _describe(self, name: str | None) -> str:
+        """What errors begin with; before the layer has been made, it may have no name yet."""
+        return f"{type(self).__name__} {name!r}" if name else type(self).__name__
 
     def _keep(self, name: str, value: Any) -> None:
         """Sets an attribute as it is: Keras would wrap containers, and JAX not know them any more."""
@@ -227,4 +234,4 @@ class WeightedLayer(keras.layers.Layer):
         for index, leaf in enumerate(params.leaves):
             if re.fullmatch(pattern, leaf.path):
                 params.apply(index, rule)
-        self._rules.append(pattern, rule)
+        self._rules.pairs.append((pattern, rule))

@@ -15,7 +15,10 @@ LAYERS = [
     ["__init__"],
     ["adapters", "_export"],
     ["_layer"],
-    ["_function", "_variables", "_specs", "_pure"],
+    ["_weights"],
+    ["_function", "_variables", "_pure", "_metrics"],
+    ["_arguments"],
+    ["_specs", "_rules"],
     ["_bridge", "_pytree", "_signature", "_rng"],
     ["_typing"],
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxwrap._bridge._base import BridgedFunction, check_dtype
 from jaxwrap._typing import FlatFunction, FlatResult, Role, Tensor
@@ -38,7 +39,7 @@ class JaxBridge:
 
         def call(*tensors: Tensor) -> FlatResult:
             # Inside a trace the caller's own jit compiles the whole; a nested one would only hide the function.
-            if any(isinstance(tensor, jax.core.Tracer) for tensor in tensors):
+            if any(isinstance(tensor, Tracer) for tensor in tensors):
                 return fn(*tensors)
             return jitted(*tensors)
 

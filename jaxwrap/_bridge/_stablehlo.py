@@ -105,7 +105,7 @@ def _symbolic(specs: Sequence[tuple[Shape, str]]) -> Iterator[list[jax.ShapeDtyp
         ]
 
 
-def _symbols(names: list[str]) -> tuple[Any, ...]:
+def _symbols(names: list[str]) -> Sequence[Any]:
     return jax.export.symbolic_shape(",".join(names)) if names else ()
 
 

@@ -116,7 +116,7 @@ class _Function:
                 self._jitted, specs, self._platforms, _STABLEHLO_VERSION
             )
         module, exported = self._artifacts[specs]
-        flat = tfxla.call_module(
+        flat: Any = tfxla.call_module(
             [tensors[index] for index in exported.module_kept_var_idx],
             version=exported.calling_convention_version,
             module=module,

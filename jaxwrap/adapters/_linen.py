@@ -85,7 +85,7 @@ class FlaxLayer(JaxLayer):
         training_argument: str | None = AUTO,
         **kwargs: Any,
     ):
-        owner = f"{type(self).__name__} {kwargs.get('name') or type(module).__name__!r}"
+        owner = self._describe(kwargs.get("name"))
         if variables is not None and not isinstance(variables, Mapping):
             raise TypeError(
                 f"{owner}: `variables` must be a dict of collections, as `module.init` returns it; "
