@@ -148,8 +148,8 @@ class JaxLayer(WeightedLayer):
         self._keep("_nests", set())
         self._keep("_abstract", {})
         self._keep("_means", {})
-        self._called: Any
-        self._keep("_called", threading.local())
+        self._last_call: Any
+        self._keep("_last_call", threading.local())
         if params is not None or state is not None or not pure.variables:
             self._create_leaves(params, state)
 
@@ -369,7 +369,7 @@ class JaxLayer(WeightedLayer):
         def mask_of(shape: tuple[int | None, ...]) -> Any:
             return next((mask for mask in masks if _begins_with(shape, tuple(mask.shape))), None)
 
-        return [mask_of(shape) for shape in getattr(self._called, "output_shapes", ())]
+        return [mask_of(shape) for shape in getattr(self._last_call, "output_shapes", ())]
 
     def _abstract_result(self, specs: dict[str, PyTree], training: bool) -> dict[str, PyTree]:
         """What `call_fn` returns, with specs for arrays: `outputs` and `metrics`."""
@@ -397,7 +397,7 @@ class JaxLayer(WeightedLayer):
         """Notes the shapes of the outputs for `compute_mask`, which Keras calls next and gives the inputs only."""
         if self.supports_masking:
             leaves = jax.tree_util.tree_leaves(outputs)
-            self._called.output_shapes = [tuple(leaf.shape) for leaf in leaves]
+            self._last_call.output_shapes = [tuple(leaf.shape) for leaf in leaves]
 
     def _check_nest(self, given: dict[str, PyTree], training: bool) -> None:
         """Tries arguments of another structure than the layer was built for, before anything is drawn or assigned."""

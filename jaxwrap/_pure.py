@@ -83,16 +83,18 @@ class PureFunctions:
         self._packed = packed is not None
         parameters = parameters_of(call_fn, "call_fn", owner)
         names = tuple(call_arguments)
+        self._fed_by_keras = {}
         if "mask" in parameters and "mask" not in names and not packed:
             names = (*names, "mask")
+            self._fed_by_keras = {"mask": None}
         self._flag = find_train_flag(parameters, training_argument, owner)
-        # A flag named by hand may have any name; and without one, a default of its own is left alone.
-        flags = [self._flag.name] if self._flag else [n for n in ("training",) if n in parameters]
-        allowed = (*_OWN_ARGUMENTS, *names, *(flags or ["training"]))
+        flag = self._flag.name if self._flag else "training"
+        allowed = dict.fromkeys((*_OWN_ARGUMENTS, *names, flag, "training"))
         self._call = Signature(call_fn, "call_fn", allowed, names, owner)
-        if not self._flag and flags and parameters["training"].default is inspect.Parameter.empty:
+        unset = self._flag is None or flag != "training"
+        if unset and _is_required(parameters.get("training")):
             raise ValueError(
-                f"{owner}: `training_argument` is None, so `training` of `call_fn` needs a default."
+                f"{owner}: `training_argument` is {training_argument!r}, so `training` of `call_fn` needs a default."
             )
         self._init = self._init_flag = None
         if init_fn is not None:
@@ -102,9 +104,15 @@ class PureFunctions:
             if flag is None or flag.name in init_parameters:
                 self._init_flag = find_train_flag(init_parameters, training_argument, owner)
             own = ("rng", *names, self._init_flag.name if self._init_flag else "training")
-            required = names if names == ("inputs",) else ()
+            required = [name for name in names if name == "inputs"]
             self._init = Signature(init_fn, "init_fn", own, required, owner)
-        self.arguments = packed or Arguments([parameters[name] for name in names], owner)
+        fed = [
+            parameters[name].replace(default=None)
+            if name in self._fed_by_keras
+            else parameters[name]
+            for name in names
+        ]
+        self.arguments = packed or Arguments(fed, owner)
         self.has_rng = "rng" in self._call
         self.variables = tuple(name for name in ("params", "state") if name in self._call)
 
@@ -112,7 +120,7 @@ class PureFunctions:
         """Calls `init_fn`; returns `(params, state)`."""
         assert self._init
         assert self._init_fn
-        values = {"rng": rng, **({"inputs": arguments} if self._packed else arguments)}
+        values = {"rng": rng, **self._fed(arguments)}
         if self._init_flag:
             values[self._init_flag.name] = self._init_flag.value(True)
         made = self._init.call(self._init_fn, values)
@@ -133,7 +141,7 @@ class PureFunctions:
             "params": params,
             "state": state,
             "rng": rng,
-            **({"inputs": arguments} if self._packed else arguments),
+            **self._fed(arguments),
         }
         if self._flag:
             values[self._flag.name] = self._flag.value(training)
@@ -149,6 +157,10 @@ class PureFunctions:
             _total(result.losses),
             {name: jnp.mean(value).astype(jnp.float32) for name, value in result.metrics.items()},
         )
+
+    def _fed(self, arguments: dict[str, PyTree]) -> dict[str, PyTree]:
+        """What the caller feeds, as the functions get it."""
+        return {"inputs": arguments} if self._packed else {**self._fed_by_keras, **arguments}
 
     def _to_array(self, path: Any, output: Any) -> Array:
         if not is_leaf_array(output):
@@ -182,6 +194,10 @@ def call_and_tell(
     _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     flat = jaxpr_as_fun(closed)(*jax.tree_util.tree_leaves((keys, rest)))
     return jax.tree_util.tree_structure(shapes).unflatten(flat), any(used[:count])
+
+
+def _is_required(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def _total(losses: PyTree) -> Array | None:

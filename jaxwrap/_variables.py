@@ -24,6 +24,9 @@ from jaxwrap._pytree import (
 from jaxwrap._rules import Rule, Rules, match
 from jaxwrap._typing import Array, PyTree
 
+# Each holds the numbers of those before it.
+_KINDS = ("bool", "integer", "float", "complex")
+
 
 class Leaf(NamedTuple):
     """What is known of one leaf.
@@ -191,7 +194,9 @@ class Leaves:
                     f"  shape: {leaf.path} is {tuple(variable.shape)}; received {array.shape}"
                 )
             # Python numbers have no dtype of their own.
-            if isinstance(value, (bool, int, float, complex)) and leaf.takes("dtype", array.dtype):
+            if isinstance(value, (bool, int, float, complex)) and _KINDS.index(
+                _kind(array.dtype)
+            ) <= _KINDS.index(_kind(variable.dtype)):
                 array = array.astype(variable.dtype)
             if str(array.dtype) != variable.dtype:
                 problems.append(f"  dtype: {leaf.path} is {variable.dtype}; received {array.dtype}")
@@ -265,9 +270,10 @@ def check_rules(rules: Rules, leaves: Sequence[Leaf], owner: str) -> None:
 
 
 def _kind(dtype: Any) -> str:
-    for kind in (jnp.floating, jnp.complexfloating, jnp.integer):
+    kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
+    for name, kind in zip(_KINDS[1:], kinds, strict=True):
         if jnp.issubdtype(dtype, kind):
-            return kind.__name__.replace("floating", "float")
+            return name
     return "bool"
 
 

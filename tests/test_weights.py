@@ -72,7 +72,8 @@ def test_weight_table():
     assert {row.path for row in table if row.trainable} == paths(layer.trainable_variables)
     rows = {row.path: row for row in table}
     assert rows["cnn/params/Conv_0/kernel"][1:] == ((3, 3, 2, 4), "float32", True, 72)
-    assert "cnn/params/Conv_0/kernel  (3, 3, 2, 4)  float32  yes" in str(table)
+    lines = [line.split() for line in str(table).splitlines()]
+    assert ["cnn/params/Conv_0/kernel", "(3,", "3,", "2,", "4)", "float32", "yes", "72"] in lines
     assert str(sum(row.size for row in table)) in str(table).splitlines()[-1]
     with pytest.raises(ValueError, match="has no weights yet"):
         FlaxLayer(models.Cnn()).weight_table()
@@ -105,7 +106,7 @@ def test_a_pattern_must_match_the_whole_path():
 
 def test_a_pattern_that_matches_nothing_lists_near_paths():
     layer = FlaxLayer(models.Cnn(), rules={"params/Dense_0/kernal": Rule(trainable=False)})
-    with pytest.raises(ValueError, match="Near it: .*params/Dense_0/kernel"):
+    with pytest.raises(ValueError, match=r"Near it: .*params/Dense_0/kernel"):
         layer(images())
     assert not layer.weights
 
