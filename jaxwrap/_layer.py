@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
-import numpy as np
 from jax.core import Tracer
 
 from jaxwrap._arguments import Arguments, placeholders
@@ -183,6 +182,9 @@ class JaxLayer(WeightedLayer):
     def _generators(self) -> dict[str, keras.random.SeedGenerator]:
         """The generators that `_get_call_rng` draws from, by the names under which their seeds are saved."""
         return {} if self.seed_generator is None else {"seed": self.seed_generator}
+
+    def _seeds(self) -> dict[str, keras.Variable]:
+        return {name: generator.state for name, generator in self._generators().items()}
 
     # Building.
 
@@ -490,23 +492,6 @@ class JaxLayer(WeightedLayer):
             "call_arguments": self._call_arguments,
             "training_argument": self._training_argument,
         }
-
-    def save_own_variables(self, store: Any) -> None:
-        """Stores the values of the variables, and the seeds with their counters, which Keras leaves out."""
-        super().save_own_variables(store)
-        for name, generator in self._generators().items():
-            store[name] = np.asarray(
-                keras.ops.convert_to_numpy(generator.state.value), dtype="int64"
-            )
-
-    def load_own_variables(self, store: Any) -> None:
-        """Loads what `save_own_variables` stored. A file without seeds leaves the layer's own."""
-        generators = self._generators()
-        names = list(store.keys())
-        super().load_own_variables({name: store[name] for name in names if name not in generators})
-        for name, generator in generators.items():
-            if name in names:
-                generator.state.assign(np.asarray(store[name]).astype("uint32"))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> JaxLayer:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import keras
 
 from jaxwrap._rules import Rule, Rules
+from jaxwrap._storage import load, save
 from jaxwrap._typing import PyTree
 from jaxwrap._variables import Leaves, check_rules, create_leaves
 
@@ -173,6 +174,25 @@ class WeightedLayer(keras.layers.Layer):
             for variable, value in zip(leaves.variables, values, strict=True):
                 variable.assign(value)
 
+    def save_own_variables(self, store: Any) -> None:
+        """Stores the weights under their paths below the layer, and the seeds."""
+        save(store, self._variables_by_path(), self._seeds())
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads weights, by path, and seeds; or, by position, what Keras's own `JaxLayer` or `FlaxLayer` stored.
+
+        Raises:
+            ValueError: If weights are missing, not expected, or of another shape. All of them are listed, and nothing
+                has been assigned.
+        """
+        if self._leaves is None and not store.keys():
+            return
+        leaves = [leaf for part in self._built_leaves() for leaf in part.leaves]
+        in_order = [
+            leaf.path for trains in (True, False) for leaf in leaves if leaf.can_train is trains
+        ]
+        load(store, self._variables_by_path(), in_order, self._seeds(), self._owner)
+
     # What adapters may override.
 
     def _variable_roots(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -217,6 +237,17 @@ class WeightedLayer(keras.layers.Layer):
         )
         self._keep("_leaves", leaves)
         self.tracked_params, self.tracked_state = (part.variables for part in leaves)
+
+    def _variables_by_path(self) -> dict[str, keras.Variable]:
+        return {
+            leaf.path: variable
+            for leaves in self._leaves or ()
+            for leaf, variable in zip(leaves.leaves, leaves.variables, strict=True)
+        }
+
+    def _seeds(self) -> dict[str, keras.Variable]:
+        """What else is stored: the states of seed generators, by name."""
+        return {}
 
     def _built_leaves(self) -> tuple[Leaves, Leaves]:
         if self._leaves is None:

@@ -16,7 +16,7 @@ LAYERS = [
     ["adapters", "_export"],
     ["_layer"],
     ["_weights"],
-    ["_function", "_variables", "_pure", "_metrics"],
+    ["_function", "_variables", "_storage", "_pure", "_metrics"],
     ["_arguments"],
     ["_specs", "_rules"],
     ["_bridge", "_pytree", "_signature", "_rng"],

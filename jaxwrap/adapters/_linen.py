@@ -221,7 +221,10 @@ class FlaxLayer(JaxLayer):
 
     def _generators(self) -> dict[str, keras.random.SeedGenerator]:
         streams = self._stream_generators.items()
-        return {**super()._generators(), **{f"seed_{name}": seed for name, seed in streams}}
+        return {
+            **super()._generators(),
+            **{f"rngs_{name}": generator for name, generator in streams},
+        }
 
     def _variable_roots(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()  # the collections' names begin the paths already
