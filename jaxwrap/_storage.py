@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from jaxwrap._variables import assign, to_host
+
 # The list of all paths, so that a reader sees what it does not expect.
 _PATHS = "paths"
 _SEEDS = "seed_generator"
@@ -77,21 +79,18 @@ def load(
             + "\n".join(problems)
         )
     for path, value in values.items():
-        weights[path].assign(value)
+        assign(weights[path], value)
     for name, variable in seeds.items():
         if f"{_SEEDS}/{name}" in store:
             variable.assign(np.asarray(store[f"{_SEEDS}/{name}"]).astype("uint32"))
 
 
 def _to_file(variable: keras.Variable) -> np.ndarray:
-    value = np.asarray(keras.ops.convert_to_numpy(variable.value))
+    value = to_host(variable)
     # HDF5 has no floats of 8 bits.
-    return value.view("uint8") if _is_float8(variable.dtype) else value
+    return value.view("uint8") if variable.dtype.startswith("float8") else value
 
 
 def _from_file(value: np.ndarray, dtype: str) -> np.ndarray:
-    return value.view(jnp.dtype(dtype)) if _is_float8(dtype) and value.dtype == np.uint8 else value
-
-
-def _is_float8(dtype: str) -> bool:
-    return dtype.startswith("float8")
+    bits = value.dtype == np.uint8 and dtype.startswith("float8")
+    return value.view(jnp.dtype(dtype)) if bits else value

@@ -123,7 +123,10 @@ class Leaves:
     def decode(self, arrays: Sequence[Array]) -> PyTree:
         """The user's pytree with `arrays`, of the dtypes of the variables, for leaves: as JAX functions take it."""
         decoded = []
-        for array, leaf, cast in zip(arrays, self.leaves, self._casts, strict=True):
+        parts = zip(arrays, self.variables, self.leaves, self._casts, strict=True)
+        for array, variable, leaf, cast in parts:
+            # A backend may hold a dtype that it has not in another one.
+            array = jnp.asarray(array, variable.dtype)
             if leaf.impl is not None:
                 array = jax.random.wrap_key_data(array, impl=leaf.impl)
             elif cast is not None:
@@ -170,7 +173,7 @@ class Leaves:
             value
             if leaf.impl is None
             else jax.random.wrap_key_data(jnp.asarray(value), impl=leaf.impl)
-            for value, leaf in zip(map(_to_host, self.variables), self.leaves, strict=True)
+            for value, leaf in zip(map(to_host, self.variables), self.leaves, strict=True)
         )
 
     def check(self, tree: PyTree) -> tuple[list[np.ndarray], list[str]]:
@@ -316,14 +319,18 @@ def _create(
         *scopes, name = leaf.path.split("/")
         for scope in scopes:
             stack.enter_context(keras.name_scope(scope))
-        return keras.Variable(
-            lambda shape, dtype: keras.ops.convert_to_tensor(initial, dtype),
+        variable = keras.Variable(
+            lambda shape, dtype: _to_tensor(initial, dtype),
             shape=initial.shape,
             dtype=dtype,
             trainable=leaf.can_train,
             autocast=False,  # `decode` casts, inside of what JAX compiles
             name=name,
         )
+    # On NumPy Keras initializes all floats as it does by default, and keeps other dtypes for assignment.
+    if keras.backend.standardize_dtype(variable.value.dtype) != dtype and dtype == "float64":
+        assign(variable, initial)
+    return variable
 
 
 def _own(value: Any) -> np.ndarray:
@@ -351,5 +358,27 @@ def _key_impl(value: Any) -> Any:
     return None
 
 
-def _to_host(variable: keras.Variable) -> np.ndarray:
-    return np.array(keras.ops.convert_to_numpy(variable.value))
+def to_host(variable: keras.Variable) -> np.ndarray:
+    """The value of a variable as a NumPy array of its own, in the variable's dtype."""
+    value = variable.value
+    if _is_float8(variable.dtype):  # PyTorch cannot convert it
+        value = keras.ops.cast(value, "float32")
+    return np.array(keras.ops.convert_to_numpy(value)).astype(variable.dtype, copy=False)
+
+
+def assign(variable: keras.Variable, value: np.ndarray) -> None:
+    """Assigns a NumPy array to a variable."""
+    variable.assign(_to_tensor(value, variable.dtype))
+
+
+def _to_tensor(value: np.ndarray, dtype: str) -> Any:
+    if not _is_float8(dtype):
+        return keras.ops.convert_to_tensor(value, dtype)
+    # Keras converts no arrays of 8-bit floats, but casts to them; on NumPy it converts the result again.
+    wide = keras.ops.convert_to_tensor(value.astype("float32"))
+    narrow = keras.ops.cast(wide, dtype)
+    return wide if isinstance(narrow, np.ndarray) else narrow
+
+
+def _is_float8(dtype: str) -> bool:
+    return dtype.startswith("float8")

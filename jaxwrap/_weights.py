@@ -12,7 +12,7 @@ import keras
 from jaxwrap._rules import Rule, Rules
 from jaxwrap._storage import load, save
 from jaxwrap._typing import PyTree
-from jaxwrap._variables import Leaves, check_rules, create_leaves
+from jaxwrap._variables import Leaves, assign, check_rules, create_leaves
 
 
 class WeightRow(NamedTuple):
@@ -172,7 +172,7 @@ class WeightedLayer(keras.layers.Layer):
             )
         for leaves, (values, _) in zip(self._built_leaves(), checked, strict=True):
             for variable, value in zip(leaves.variables, values, strict=True):
-                variable.assign(value)
+                assign(variable, value)
 
     def save_own_variables(self, store: Any) -> None:
         """Stores the weights under their paths below the layer, and the seeds."""

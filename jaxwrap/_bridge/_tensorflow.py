@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla as tfxla
@@ -104,7 +105,7 @@ class _Function:
 
     def _run(self, tensors: tuple[Tensor, ...]) -> FlatResult:
         if tf.executing_eagerly():
-            outputs, aux, static = self._jitted(*map(jax.dlpack.from_dlpack, tensors))
+            outputs, aux, static = self._jitted(*map(_to_jax, tensors))
             return FlatResult(_to_tensorflow(outputs), _to_tensorflow(aux), static)
         return self._call_module(tensors)
 
@@ -155,7 +156,18 @@ def _canonical(tensor: Tensor) -> Tensor:
     return tf.cast(tensor, jax.dtypes.canonicalize_dtype(tensor.dtype.as_numpy_dtype).name)
 
 
+def _to_jax(tensor: Tensor) -> jax.Array:
+    # TensorFlow passes no floats of 8 bits over dlpack.
+    return jnp.asarray(tensor.numpy()) if _is_float8(tensor) else jax.dlpack.from_dlpack(tensor)
+
+
+def _is_float8(tensor: Any) -> bool:
+    return tensor.dtype.name.startswith("float8")
+
+
 def _from_jax(array: jax.Array) -> Tensor:
+    if _is_float8(array):
+        return tf.constant(np.asarray(array))
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 

@@ -125,17 +125,17 @@ class FlaxLayer(JaxLayer):
             self._keep(
                 "_flag", None
             )  # the module has been told when it was made, and wants to hear it once
-        self._keep("_parameters", parameters)
+        self._keep("_method_parameters", parameters)
 
     def _module_parameters(self) -> Iterable[inspect.Parameter]:
         fed = [
             parameter
-            for name, parameter in self._parameters.items()
+            for name, parameter in self._method_parameters.items()
             if name != "training"
             and (self._flag is None or name != self._flag.name)
             and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         ]
-        if not fed and any(p.kind is p.VAR_POSITIONAL for p in self._parameters.values()):
+        if not fed and any(p.kind is p.VAR_POSITIONAL for p in self._method_parameters.values()):
             fed = [inspect.Parameter("inputs", inspect.Parameter.POSITIONAL_ONLY)]
         return fed
 
@@ -193,9 +193,9 @@ class FlaxLayer(JaxLayer):
             fn = module if method is None else lambda *a, **k: method(module, *a, **k)
         if self._flag:
             inputs = {**inputs, self._flag.name: self._flag.value(training)}
-        if set(inputs) - set(self._parameters):  # a method of any arguments
+        if set(inputs) - set(self._method_parameters):  # a method of any arguments
             return fn(*inputs.values())
-        return call_by_name(fn, self._parameters, inputs)
+        return call_by_name(fn, self._method_parameters, inputs)
 
     def _with_role(self, variables: PyTree, role: str) -> dict[str, PyTree]:
         return {
