@@ -39,12 +39,15 @@ class JaxLayer(WeightedLayer):
     - `state`: the non-trainable state, a pytree. `call_fn` then returns `(outputs, new_state)`, the new state of the
       structure of the old one.
     - `rng`: a key as `jax.random.PRNGKey` makes it, new at every call in training; None in inference.
-    - `inputs` (required): one array, or any nest of arrays.
-    - `training`: a Python bool.
+    - `inputs` (required): one array, or any nest of arrays. `call_arguments` names others in its place.
+    - `training`: a Python bool; or `train`, `is_training`, or the opposite, `deterministic`, `inference`,
+      `use_running_average`.
+    - `mask`: the Keras mask of the inputs, a bool array, or None.
 
     `init_fn`, which makes the initial values when the layer is built, takes `rng`, `inputs` (required; ones, or zeros
     for integers and bools, of the shape and dtype of the inputs, with 1 for an unknown size) and `training` (True). It
-    returns `params`, or `(params, state)` if `call_fn` takes `state`.
+    returns `params`, or `(params, state)` if `call_fn` takes `state`. To add losses or to report metrics, `call_fn`
+    returns a `CallResult`.
 
     Every leaf of `params` and `state` that is an array or a number becomes a Keras variable, named by its path. Other
     leaves reach `call_fn` as they are. Float32 leaves take the layer's variable dtype; other leaves keep their dtype,
@@ -59,6 +62,17 @@ class JaxLayer(WeightedLayer):
             `keras.utils.set_random_seed`.
         native_serialization_platforms: The platforms ("cpu", "cuda", "rocm", "tpu") that a TensorFlow graph of this
             layer is to run on; None for the present one. Other backends ignore it.
+        call_arguments: The names of what the caller feeds, by position or by keyword, instead of `inputs`. Those that
+            have a default in `call_fn` may be left out. `init_fn` gets those of them that it names.
+        training_argument: The train flag of `call_fn`. By default the first of the usual names that it has; "frozen"
+            names another one, "!frozen" one that is True in inference. With None its own default holds.
+        rules: What is to hold for leaves, a `Rule` by the pattern of their paths: `{".*/kernel": Rule(...)}`. A pattern
+            is a regular expression that matches the whole path below the layer. All rules that match apply, later
+            ones over earlier ones.
+        update_state_in_inference: Whether the new state is kept in inference too, as Keras does.
+        supports_masking: Whether the mask of the first argument goes on to outputs that have its axes.
+        key_impl: The implementation of the keys, "threefry2x32" or "rbg" say, which are then typed keys. With None they
+            are raw keys of JAX's default one.
         **kwargs: What every `keras.layers.Layer` takes: `name`, `dtype`, `trainable`, ...
 
     Attributes:
