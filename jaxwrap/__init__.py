@@ -9,7 +9,26 @@ from jaxwrap._function import wrap_function
 from jaxwrap._layer import JaxLayer
 from jaxwrap._pure import CallResult
 from jaxwrap._rules import Rule
-from jaxwrap.adapters import FlaxLayer
+from jaxwrap.adapters import (
+    EquinoxLayer,
+    FlaxLayer,
+    HaikuLayer,
+    NNXLayer,
+    register_adapter,
+    wrap,
+)
 
-__all__ = ["CallResult", "FlaxLayer", "JaxLayer", "Rule", "export_saved_model", "wrap_function"]
+__all__ = [
+    "CallResult",
+    "EquinoxLayer",
+    "FlaxLayer",
+    "HaikuLayer",
+    "JaxLayer",
+    "NNXLayer",
+    "Rule",
+    "export_saved_model",
+    "register_adapter",
+    "wrap",
+    "wrap_function",
+]
 __version__ = _version("jaxwrap")

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import keras
 
-from jaxwrap._layer import JaxLayer
 from jaxwrap._pure import CallResult
-from jaxwrap._pytree import key_name
-from jaxwrap._signature import AUTO, call_by_name, find_train_flag
-from jaxwrap._typing import Array, PyTree
-
-# What may be said of a collection of variables.
-TRAINABLE, STATE, LOSS, METRIC, OUTPUT, DROP = _ROLES = (
-    "trainable",
-    "state",
-    "loss",
-    "metric",
-    "output",
-    "drop",
+from jaxwrap._signature import AUTO
+from jaxwrap._typing import PyTree
+from jaxwrap.adapters._module import (
+    DROP,
+    LOSS,
+    METRIC,
+    STATE,
+    TRAINABLE,
+    Collections,
+    ModuleLayer,
+    require,
 )
+
 _DEFAULT_ROLES = {"params": TRAINABLE, "losses": LOSS, "metrics": METRIC, "intermediates": DROP}
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
-class FlaxLayer(JaxLayer):
+class FlaxLayer(ModuleLayer):
     """A Keras layer that computes a Flax Linen module, on every Keras backend.
 
     The contract is that of `keras.layers.FlaxLayer`, and more: the layer takes the arguments that the method takes,
@@ -86,24 +85,19 @@ class FlaxLayer(JaxLayer):
         **kwargs: Any,
     ):
         owner = self._describe(kwargs.get("name"))
+        require("flax", "0.12", "flax", owner)
         if variables is not None and not isinstance(variables, Mapping):
             raise TypeError(
                 f"{owner}: `variables` must be a dict of collections, as `module.init` returns it; "
                 f"received a {type(variables).__name__}."
             )
-        for name, role in (collections or {}).items():
-            if role not in _ROLES:
-                raise ValueError(
-                    f"{owner}: `collections` says {role!r} of {name!r}; expected one of {', '.join(map(repr, _ROLES))}."
-                )
         self.module = module
         self.method = method
-        self._keep("_collections", dict(collections or {}))
-        self._keep("_roles", {**_DEFAULT_ROLES, **self._collections})
         streams = rngs if isinstance(rngs, Mapping) else dict.fromkeys(rngs or ())
+        self._keep("_collections", Collections(collections, _DEFAULT_ROLES, owner))
         self._keep("_rngs", None if rngs is None else dict(streams))
         self._keep("_module_argument", training_argument)
-        self._read_method(owner)
+        self._takes(*self._read_method())
         params, state = (None, None) if variables is None else self._split_variables(variables)
         super().__init__(self._call, self._init_module, params=params, state=state, **kwargs)
         self._stream_generators = {
@@ -112,32 +106,18 @@ class FlaxLayer(JaxLayer):
             if seed is not None
         }
 
-    def _read_method(self, owner: str) -> None:
-        """Finds out what the method takes, and which argument of it is the train flag."""
-        module, method = self.module, self.method
+    def _read_method(self) -> tuple[Mapping[str, inspect.Parameter], str | None]:
+        """What the method takes, and which argument of it is the train flag."""
+        module, method, argument = self.module, self.method, self._module_argument
         bound = getattr(module, method) if isinstance(method, str) else method or module.__call__
         parameters = dict(inspect.signature(bound).parameters)
         if not isinstance(method, str) and method is not None and not inspect.ismethod(method):
             del parameters[next(iter(parameters))]  # the module
-        self._keep("_flag", find_train_flag(parameters, self._module_argument, owner))
-        own = getattr(module, self._flag.name, None) if self._flag else None
-        if own is not None and self._module_argument == AUTO:
-            self._keep(
-                "_flag", None
-            )  # the module has been told when it was made, and wants to hear it once
-        self._keep("_method_parameters", parameters)
-
-    def _module_parameters(self) -> Iterable[inspect.Parameter]:
-        fed = [
-            parameter
-            for name, parameter in self._method_parameters.items()
-            if name != "training"
-            and (self._flag is None or name != self._flag.name)
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-        if not fed and any(p.kind is p.VAR_POSITIONAL for p in self._method_parameters.values()):
-            fed = [inspect.Parameter("inputs", inspect.Parameter.POSITIONAL_ONLY)]
-        return fed
+        # A module that was told when it was made wants to hear it once.
+        told = [name for name in parameters if getattr(module, name, None) is not None]
+        if argument == AUTO and set(told) & {"deterministic", "use_running_average"}:
+            argument = None
+        return parameters, argument
 
     # The two pure functions.
 
@@ -150,7 +130,7 @@ class FlaxLayer(JaxLayer):
         from flax.core import DenyList
         from flax.errors import InvalidRngError
 
-        fixed = [name for name, role in self._roles.items() if role in (TRAINABLE, DROP)]
+        fixed = self._collections.named(TRAINABLE, DROP)
 
         def apply(rngs: PyTree) -> tuple[PyTree, PyTree]:
             return self.module.apply(
@@ -171,16 +151,9 @@ class FlaxLayer(JaxLayer):
                 outputs, changed = apply({})
             except InvalidRngError:
                 outputs, changed = apply(_with_default_stream(rng))
-        parts = {role: self._with_role(changed, role) for role in (LOSS, METRIC, OUTPUT)}
-        if OUTPUT in self._roles.values():
-            outputs = (outputs, parts[OUTPUT])
-        return CallResult(
-            outputs,
-            # Only what `init` makes is state: other collections appear in `apply` alone.
-            {name: changed.get(name, old) for name, old in (state or {}).items()},
-            parts[LOSS],
-            _flat_metrics(parts[METRIC]),
-        )
+        # Only what `init` makes is state: other collections appear in `apply` alone.
+        new_state = {name: changed.get(name, old) for name, old in (state or {}).items()}
+        return self._collections.result(outputs, new_state, changed)
 
     def _run(self, module: Any, inputs: dict[str, PyTree], training: bool) -> Any:
         """Calls the method of a bound module."""
@@ -191,18 +164,7 @@ class FlaxLayer(JaxLayer):
             fn = getattr(module, method)
         else:
             fn = module if method is None else lambda *a, **k: method(module, *a, **k)
-        if self._flag:
-            inputs = {**inputs, self._flag.name: self._flag.value(training)}
-        if set(inputs) - set(self._method_parameters):  # a method of any arguments
-            return fn(*inputs.values())
-        return call_by_name(fn, self._method_parameters, inputs)
-
-    def _with_role(self, variables: PyTree, role: str) -> dict[str, PyTree]:
-        return {
-            name: collection
-            for name, collection in variables.items()
-            if self._roles.get(name, STATE) == role
-        }
+        return self._call_with(fn, inputs, training)
 
     # What the layer asks of an adapter.
 
@@ -233,7 +195,7 @@ class FlaxLayer(JaxLayer):
         return {**(params or {}), **(state or {})}
 
     def _split_variables(self, variables: PyTree) -> tuple[PyTree, PyTree]:
-        return self._with_role(variables, TRAINABLE), self._with_role(variables, STATE)
+        return tuple(self._collections.select(variables, role) for role in (TRAINABLE, STATE))
 
     def _function_config(self) -> dict[str, Any]:
         method = self.method
@@ -242,7 +204,7 @@ class FlaxLayer(JaxLayer):
         return {
             "module": keras.saving.serialize_keras_object(self.module),
             "method": keras.saving.serialize_keras_object(method),
-            "collections": self._collections,
+            "collections": self._collections.given,
             "rngs": self._rngs,
             "training_argument": self._module_argument,
         }
@@ -252,18 +214,6 @@ class FlaxLayer(JaxLayer):
         module = keras.saving.deserialize_keras_object(config["module"])
         method = keras.saving.deserialize_keras_object(config["method"])
         return {**super()._arguments_from_config(config), "module": module, "method": method}
-
-
-def _flat_metrics(collections: PyTree) -> dict[str, Array]:
-    """Metrics by their paths; what has been sown once is no tuple."""
-    metrics = {}
-    for collection in collections.values():
-        leaves = jax.tree_util.tree_leaves_with_path(
-            collection, is_leaf=lambda node: isinstance(node, tuple) and len(node) == 1
-        )
-        for path, leaf in leaves:
-            metrics["/".join(map(key_name, path))] = leaf[0] if isinstance(leaf, tuple) else leaf
-    return metrics
 
 
 def _with_default_stream(rngs: PyTree) -> PyTree:
