@@ -85,7 +85,7 @@ def docs(session):
 
 @nox.session(python="3.11")
 def quickstart(session):
-    """Run the main job: train on digits, use the model on every backend; `-- --backend torch` to train on PyTorch."""
+    """Run the main job; `-- --backend torch` to train on PyTorch, `-- --library nnx` for an NNX model."""
     requirements, _ = TESTED[session.python]
     session.install("--quiet", "--editable", ".", *requirements, *requirements_of("quickstart"))
     session.run("python", "examples/quickstart.py", *session.posargs, env=ON_CPU)

@@ -1,11 +1,11 @@
-"""Train a Flax CNN on handwritten digits with Keras on one backend, and use it on all four.
+"""Train a CNN of a JAX library on handwritten digits with Keras on one backend, and use it on all four.
 
-    python examples/quickstart.py --backend jax
+    python examples/quickstart.py --backend jax --library linen
 
-The data are the 1,797 8x8 images that ship with scikit-learn. The model, a Flax Linen module inside a functional Keras
-model, is trained, saved as a `.keras` file and loaded in a fresh process on every other backend, where its predictions
-have to be the same. Results are written to `quickstart-results/`. Exits with 1 if the accuracy on held-out digits is
-below 0.97, or if any backend's predictions differ by more than 1e-5.
+The data are the 1,797 8x8 images that ship with scikit-learn. The model, a module of Flax Linen (or Flax NNX, Haiku,
+Equinox) inside a functional Keras model, is trained, saved as a `.keras` file and loaded in a fresh process on every
+other backend, where its predictions have to be the same. Results are written to `quickstart-results/`. Exits with 1 if
+the accuracy on held-out digits is below 0.97, or if any backend's predictions differ by more than 1e-5.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 BACKENDS = ("jax", "tensorflow", "torch", "numpy")
+LIBRARIES = ("linen", "nnx", "haiku", "equinox")
 MIN_ACCURACY = 0.97
 MAX_DIFFERENCE = 1e-5
 
@@ -23,6 +24,9 @@ MAX_DIFFERENCE = 1e-5
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, default="jax", help="the one that trains")
+    parser.add_argument(
+        "--library", choices=LIBRARIES, default="linen", help="the one the model is of"
+    )
     parser.add_argument("--output", type=Path, default=Path("quickstart-results"))
     # How this script calls itself in a fresh process: load the model, save its predictions.
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
@@ -37,9 +41,13 @@ if __name__ == "__main__":
     os.environ["KERAS_BACKEND"] = ARGS.backend  # Keras reads it once, when it is imported
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
+import jax
 import keras
 import numpy as np
+from flax import nnx
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -72,6 +80,105 @@ class DigitsCNN(nn.Module):
         return cls(**config)
 
 
+class NnxCNN(nnx.Module):
+    """The same in Flax NNX."""
+
+    def __init__(self, rngs):
+        self.convs = nnx.List(
+            [
+                nnx.Conv(size, width, (3, 3), use_bias=False, rngs=rngs)
+                for size, width in ((1, 32), (32, 64))
+            ]
+        )
+        self.norms = nnx.List([nnx.BatchNorm(width, momentum=0.9, rngs=rngs) for width in (32, 64)])
+        self.dropout = nnx.Dropout(0.4, rngs=rngs)
+        self.dense = nnx.Linear(256, 128, rngs=rngs)
+
+    def __call__(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.max_pool(nnx.relu(norm(conv(x))), (2, 2), (2, 2))
+        return nnx.relu(self.dense(self.dropout(x.reshape(x.shape[0], -1))))
+
+
+def haiku_cnn(x, is_training):
+    """The same in Haiku."""
+    for width in (32, 64):
+        x = hk.Conv2D(width, 3, with_bias=False)(x)
+        x = hk.BatchNorm(True, True, 0.9)(x, is_training)
+        x = hk.max_pool(jax.nn.relu(x), (2, 2, 1), (2, 2, 1), "SAME")
+    x = x.reshape(x.shape[0], -1)
+    if is_training:
+        x = hk.dropout(hk.next_rng_key(), 0.4, x)
+    return jax.nn.relu(hk.Linear(128)(x))
+
+
+class EquinoxCNN(eqx.Module):
+    """The same in Equinox, where a module is written for one example."""
+
+    convs: list
+    norms: list
+    dropout: eqx.nn.Dropout
+    dense: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jax.random.split(key, 3)
+        self.convs = [
+            eqx.nn.Conv2d(size, width, 3, padding=1, use_bias=False, key=key)
+            for size, width, key in ((1, 32, keys[0]), (32, 64, keys[1]))
+        ]
+        self.norms = [
+            eqx.nn.BatchNorm(width, axis_name="batch", momentum=0.9, mode="batch")
+            for width in (32, 64)
+        ]
+        self.dropout = eqx.nn.Dropout(0.4)
+        self.dense = eqx.nn.Linear(256, 128, key=keys[2])
+
+    def __call__(self, x, state, *, key=None):
+        x = x.transpose(2, 0, 1)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x, state = norm(conv(x), state)
+            x = eqx.nn.MaxPool2d(2, 2)(jax.nn.relu(x))
+        return jax.nn.relu(self.dense(self.dropout(x.ravel(), key=key))), state
+
+
+class ByName:
+    """A layer that a file describes by its class alone, which makes the module."""
+
+    def get_config(self):
+        return keras.layers.Layer.get_config(self)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="quickstart")
+class NnxDigits(ByName, jaxwrap.NNXLayer):
+    def __init__(self, **kwargs):
+        super().__init__(None, factory=NnxCNN, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="quickstart")
+class HaikuDigits(ByName, jaxwrap.HaikuLayer):
+    def __init__(self, **kwargs):
+        super().__init__(hk.transform_with_state(haiku_cnn), **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="quickstart")
+class EquinoxDigits(ByName, jaxwrap.EquinoxLayer):
+    def __init__(self, **kwargs):
+        module, state = eqx.nn.make_with_state(EquinoxCNN)(jax.random.key(0))
+        super().__init__(module, state, batch=True, **kwargs)
+
+
+LAYERS = {
+    "linen": lambda **kwargs: jaxwrap.FlaxLayer(DigitsCNN(), **kwargs),
+    "nnx": NnxDigits,
+    "haiku": HaikuDigits,
+    "equinox": EquinoxDigits,
+}
+
+
 def load_data():
     """Training images and labels, then the held-out fifth."""
     digits = load_digits()
@@ -82,18 +189,18 @@ def load_data():
     return train_x, train_y, test_x, test_y
 
 
-def build_model():
+def build_model(library="linen"):
     inputs = keras.Input((8, 8, 1))
-    features = jaxwrap.FlaxLayer(DigitsCNN(), name="cnn")(inputs)
+    features = LAYERS[library](name="cnn")(inputs)
     outputs = keras.layers.Dense(10, activation="softmax", name="classes")(features)
     return keras.Model(inputs, outputs, name="digits")
 
 
-def train(output):
+def train(library, output):
     """Trains, saves model and pictures; returns the predictions for the held-out digits and the seconds."""
     keras.utils.set_random_seed(0)
     train_x, train_y, test_x, test_y = load_data()
-    model = build_model()
+    model = build_model(library)
     model.summary()
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     # The best epoch is chosen on a part of the training data; the held-out fifth chooses nothing.
@@ -170,9 +277,9 @@ def draw_grid(figure, images, labels, predictions, rows=4, columns=8):
             axes.set_title(f"{predicted}, not {label}", color="#cb181d", fontsize=11)
 
 
-def main(backend, output):
+def main(backend, library, output):
     output.mkdir(parents=True, exist_ok=True)
-    expected, seconds = train(output)
+    expected, seconds = train(library, output)
     _, _, _, labels = load_data()
     rows, problems = [(backend, expected, seconds)], []
     for other in BACKENDS:
@@ -203,4 +310,7 @@ def main(backend, output):
 
 
 if __name__ == "__main__":
-    (load if ARGS.load else main)(ARGS.backend, ARGS.output)
+    if ARGS.load:
+        load(ARGS.backend, ARGS.output)
+    else:
+        main(ARGS.backend, ARGS.library, ARGS.output)

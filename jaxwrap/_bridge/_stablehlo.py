@@ -15,6 +15,12 @@ Shape = tuple[int | None, ...]
 # Composites (exact gelu among them) hide from TensorFlow's shape refinement what their bodies compute.
 _PASSES = "builtin.module(func.func(stablehlo-legalize-composite-to-call),inline)"
 
+_CALLBACKS = (
+    "the function calls back into Python (`jax.pure_callback`, `jax.debug.print`, or a check that may raise, such as "
+    "`eqx.error_if`), which a TensorFlow graph cannot hold. Take that out, or run it eagerly: "
+    "`model.compile(..., run_eagerly=True)`."
+)
+
 stablehlo.register_stablehlo_passes()
 
 
@@ -53,6 +59,8 @@ def export(
         try:
             exported = jax.export.export(jitted, platforms=platforms)(*arguments)
         except Exception as raised:
+            if "host_callbacks" in str(raised):
+                raise NotImplementedError(_CALLBACKS) from raised
             if all(None not in shape for shape, _ in specs):
                 raise
             error = error or raised

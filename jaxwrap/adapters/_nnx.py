@@ -31,11 +31,13 @@ class NNXLayer(ModuleLayer):
         module: An `nnx.Module`. For one that is made with the layer's seed when the layer is made, see `from_factory`.
         method: What to call: None for `__call__`, a method of `module`, its name, or a function that takes the module
             as its first argument.
-        trainable: An `nnx` filter for the variables that are trained, `nnx.LoRAParam` say; by default `nnx.Param`.
+        trainable: An `nnx` filter for the variables that are trained, `nnx.LoRAParam` say; by default `nnx.Param`. A
+            bool says, as for every Keras layer, whether the layer is trained at all.
         collections: What sown variables are, by their type or its name: "loss", "metric", "output" or "drop", as with
             `FlaxLayer`. By default `nnx.Intermediate` is dropped.
         training_argument: The train flag of the method, if it has one: see `FlaxLayer`. With None the module stays in
             the mode it is in.
+        factory: In the place of `module`, which is then None: see `from_factory`.
         **kwargs: What `JaxLayer` takes beside its functions and values: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
@@ -77,6 +79,9 @@ class NNXLayer(ModuleLayer):
         self._keep("module", module)
         self.method = method
         self._keep("_factory", factory)
+        if isinstance(trainable, bool):
+            kwargs["trainable"] = trainable
+            trainable = None
         self._keep("_trainable_filter", nnx.Param if trainable is None else trainable)
         named = {_collection_name(name): role for name, role in (collections or {}).items()}
         self._keep("_collections", Collections(named, _DEFAULT_ROLES, owner))
@@ -182,6 +187,7 @@ class NNXLayer(ModuleLayer):
         )
         return {
             **source,
+            "trained": self._trained_name(),
             "method": keras.saving.serialize_keras_object(method),
             "collections": self._collections.given,
             "training_argument": self._module_argument,
@@ -189,12 +195,37 @@ class NNXLayer(ModuleLayer):
 
     @classmethod
     def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        from flax import nnx
+
         restored = {
             name: keras.saving.deserialize_keras_object(config[name])
             for name in ("module", "factory", "method")
             if name in config
         }
-        return {**super()._arguments_from_config(config), **restored}
+        arguments = {**super()._arguments_from_config(config), **restored}
+        if (trained := arguments.pop("trained", None)) is not None:
+            arguments["trainable"] = nnx.variable_type_from_name(trained)
+        return arguments
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NNXLayer:
+        """Makes a layer from what `get_config` gave."""
+        layer = super().from_config(config)
+        layer.trainable = config.get("trainable", True)
+        return layer
+
+    def _trained_name(self) -> str | None:
+        """The name of the type of the variables that are trained; None for the default."""
+        from flax import nnx
+
+        chosen = self._trainable_filter
+        if chosen is nnx.Param:
+            return None
+        if not isinstance(chosen, type):
+            raise ValueError(
+                f"{self._owner} cannot be saved with `trainable={chosen!r}`: a file can hold types of variables only."
+            )
+        return nnx.variable_name_from_type(chosen, allow_register=True)
 
 
 def _collection_name(name: Any) -> str:
