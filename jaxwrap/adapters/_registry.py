@@ -71,12 +71,12 @@ def register_adapter(match: Match, layer_class: Callable[..., keras.layers.Layer
     Example:
         >>> import jaxwrap, numpy as np
         >>> class Shift:
-        ...     amount = 3
+        ...     shift_by = 3
         >>> def shift_layer(shift, **kwargs):
-        ...     return jaxwrap.JaxLayer(lambda inputs: inputs + shift.amount, **kwargs)
-        >>> jaxwrap.register_adapter(lambda obj: isinstance(obj, Shift), shift_layer)
-        >>> print(jaxwrap.wrap(Shift())(np.ones(1, "float32")).shape[0])
-        1
+        ...     return jaxwrap.JaxLayer(lambda inputs: inputs + shift.shift_by, **kwargs)
+        >>> jaxwrap.register_adapter(lambda obj: hasattr(obj, "shift_by"), shift_layer)
+        >>> float(jaxwrap.wrap(Shift())(np.ones(1, "float32"))[0])
+        4.0
     """
     if not callable(match) or not callable(layer_class):
         raise TypeError(
