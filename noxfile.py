@@ -53,7 +53,9 @@ def tests(session):
 def pytest_passes(session, backend):
     """Runs the tests on one backend; a failure does not end the session, so that the others run too."""
     try:
-        session.run("pytest", *session.posargs, env={**ON_CPU, "KERAS_BACKEND": backend})
+        session.run(
+            "pytest", "-n", "auto", *session.posargs, env={**ON_CPU, "KERAS_BACKEND": backend}
+        )
     except nox.command.CommandFailed:
         return False
     return True

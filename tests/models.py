@@ -224,6 +224,17 @@ class Noisy(nn.Module):
         return x
 
 
+class Sampling(nn.Module):
+    """Draws in inference too, and sows a loss and a metric."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        mean = nn.Dense(3)(inputs)
+        self.sow("losses", "size", (mean**2).mean())
+        self.sow("metrics", "size", jnp.abs(mean))
+        return mean + jax.random.normal(self.make_rng("sample"), mean.shape)
+
+
 class Two(nn.Module):
     def setup(self):
         self.dense = nn.Dense(3)
@@ -335,6 +346,9 @@ MODELS = {
         Model("linen sow", linen(Sowing()), floats(4)),
         Model("linen embed", linen(Tokens()), ints(5)),
         Model("linen streams", linen(Noisy()), floats(4)),
+        Model("linen sampling in inference", linen(Sampling()), floats(4)),
+        Model("linen dropout by itself", linen(nn.Dropout(0.5)), floats(9)),
+        Model("linen batch norm by itself", linen(nn.BatchNorm()), floats(4)),
         Model(
             "linen method",
             linen(Two(), method="encode"),

@@ -82,13 +82,18 @@ class Oracle:
         """Native Flax."""
         module, method = self._layer.module, self._layer.method
         bound = getattr(module, method) if isinstance(method, str) else method or module.__call__
-        takes_flag = "training" in inspect.signature(bound).parameters
-        flag = {"training": self._training} if takes_flag else {}
+        values = {
+            "training": self._training,
+            "deterministic": not self._training,
+            "use_running_average": not self._training,
+        }
+        names = inspect.signature(bound).parameters
+        flag = {name: value for name, value in values.items() if name in names}
         streams = {"dropout": self._key, "params": jax.random.fold_in(self._key, 1)}
         outputs, state = module.apply(
             {**params, **self._state},
             inputs,
-            rngs=streams if self._training else {},
+            rngs=streams,
             method=method,
             mutable=list(self._state),
             **flag,

@@ -87,22 +87,15 @@ class EquinoxLayer(ModuleLayer):
         self._keep("_treedef", treedef)
         self._keep("_static", [None if is_array(leaf) else leaf for leaf in leaves])
         self._keep("_first", _first_places(leaves))
-        own_place = [place == first for place, first in enumerate(self._first)]
-        trained = [
-            is_array(leaf)
-            and own
-            and any(chosen[place] is not None for place in self._places(index))
-            for index, (leaf, own) in enumerate(zip(leaves, own_place, strict=True))
-        ]
-        fixed = [
-            is_array(leaf) and own and not train
-            for leaf, own, train in zip(leaves, own_place, trained, strict=True)
-        ]
+        arrays = {self._first[place] for place, leaf in enumerate(leaves) if is_array(leaf)}
+        trained = arrays & {
+            self._first[place] for place, leaf in enumerate(chosen) if leaf is not None
+        }
         params, rest = (
             treedef.unflatten(
-                [leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True)]
+                [leaf if place in kept else None for place, leaf in enumerate(leaves)]
             )
-            for kept in (trained, fixed)
+            for kept in (trained, arrays - trained)
         )
         super().__init__(
             self._call, params=params, state={"module": rest, "state": state}, **kwargs
@@ -116,10 +109,6 @@ class EquinoxLayer(ModuleLayer):
         module = self._join(variables["params"], variables["state"]["module"])
         state = variables["state"]["state"]
         return module if state is None else (module, state)
-
-    def _places(self, first: int) -> list[int]:
-        """All places of the array that stands first at this one."""
-        return [place for place, at in enumerate(self._first) if at == first]
 
     def _join(self, params: PyTree, rest: PyTree) -> Any:
         """The module with these arrays in it."""
@@ -150,25 +139,15 @@ class EquinoxLayer(ModuleLayer):
         if not self.batch:
             outputs, new = call(inputs, rng, state["state"])
         else:
-            size = next(
-                leaf.shape[0] for leaf in jax.tree_util.tree_leaves(inputs) if is_array(leaf)
+            arrays = filter(is_array, jax.tree_util.tree_leaves(inputs))
+            mapped = eqx.filter_vmap(
+                call,
+                in_axes=(eqx.if_array(0), 0, None),
+                out_axes=(0, None),
+                axis_name=_axis_name(module),
             )
-            axes = jax.tree_util.tree_map(lambda leaf: 0 if is_array(leaf) else None, inputs)
-            leaves, treedef = jax.tree_util.tree_flatten(inputs)
-            arrays = [leaf for leaf in leaves if is_array(leaf)]
-
-            def one(arrays: list[Any], key: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-                remaining = iter(arrays)
-                example = treedef.unflatten(
-                    [next(remaining) if is_array(leaf) else leaf for leaf in leaves]
-                )
-                return call(example, key, state)
-
-            del axes
-            mapped = jax.vmap(
-                one, (0, 0, None), (0, None), axis_name=_axis_name(module), axis_size=size
-            )
-            outputs, new = mapped(arrays, jax.random.split(rng, size), state["state"])
+            keys = jax.random.split(rng, next(arrays).shape[0])
+            outputs, new = mapped(inputs, keys, state["state"])
         return outputs, {**state, "state": new}
 
     def _get_call_rng(self, training: bool) -> PyTree:
