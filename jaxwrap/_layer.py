@@ -212,7 +212,7 @@ class JaxLayer(WeightedLayer):
         given, _ = self._pure.arguments.bind(args, kwargs)
         specs = self._read_specs(given)
         if not self.built:
-            self._keep("_specs", self._as_cast(specs, self.variable_dtype))
+            self._keep("_specs", self._seen_by_init(specs))
         return super().__call__(*args, **kwargs)
 
     def build(self, input_shape: Any) -> None:
@@ -261,12 +261,12 @@ class JaxLayer(WeightedLayer):
             return tensor.shape, tensor.dtype
         return get_bridge().spec(tensor)
 
-    def _as_cast(self, specs: PyTree, dtype: str) -> PyTree:
-        """Specs with `dtype` for what Keras casts for a call: `init_fn` sees it as precise as the variables are."""
+    def _seen_by_init(self, specs: PyTree) -> PyTree:
+        """What Keras casts for each call, `init_fn` sees at the precision of the variables."""
 
         def cast(leaf: Any) -> Any:
             floats = isinstance(leaf, Spec) and jnp.issubdtype(leaf.dtype, jnp.floating)
-            return Spec(leaf.shape, dtype) if floats and self.autocast else leaf
+            return Spec(leaf.shape, self.variable_dtype) if floats and self.autocast else leaf
 
         return jax.tree_util.tree_map(cast, specs)
 
@@ -396,13 +396,13 @@ class JaxLayer(WeightedLayer):
             weights = [leaves.structs() for leaves in self._leaves or ()]
 
             def result_of(arguments: dict[str, PyTree], weights: list[list[Any]]) -> PyTree:
-                seeds = jax.tree_util.tree_map(lambda _: jnp.zeros(2, jnp.uint32), rng)
                 if self._leaves is None:
                     params, state = self._init(arguments)
                 else:
                     pairs = zip(self._leaves, weights, strict=True)
                     params, state = (leaves.decode(values) for leaves, values in pairs)
-                keys = jax.tree_util.tree_map(self._to_key, seeds)
+                zeros = jnp.zeros(2, jnp.uint32)
+                keys = jax.tree_util.tree_map(lambda _: self._to_key(zeros), rng)
                 result = self._pure.call(params, state, keys, arguments, training)
                 return {"outputs": result.outputs, "metrics": result.metrics}
 

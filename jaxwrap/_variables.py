@@ -328,7 +328,7 @@ def _create(
             name=name,
         )
     # On NumPy Keras initializes all floats as it does by default, and keeps other dtypes for assignment.
-    if keras.backend.standardize_dtype(variable.value.dtype) != dtype and dtype == "float64":
+    if dtype == "float64" and keras.backend.standardize_dtype(variable.value.dtype) != dtype:
         assign(variable, initial)
     return variable
 

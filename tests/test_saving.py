@@ -111,23 +111,14 @@ def assert_served(path, inputs, expected):
     np.testing.assert_allclose(served.serve(inputs[:1]), expected[:1], 1e-5, 1e-5)
 
 
-@pytest.mark.only("tensorflow")
+@pytest.mark.only("jax", "tensorflow")
 @pytest.mark.parametrize("name", EXPORTED)
-def test_export_from_tensorflow(name, tmp_path):
+def test_export_as_a_saved_model(name, tmp_path, backend):
+    export = {"jax": export_saved_model, "tensorflow": keras_export}[backend.name]
     make, inputs = MODELS[name]
     model, inputs = make(), inputs()
     expected = to_numpy(model(inputs))
-    keras_export(model, tmp_path / "exported")
-    assert_served(tmp_path / "exported", inputs, expected)
-
-
-@pytest.mark.only("jax")
-@pytest.mark.parametrize("name", EXPORTED)
-def test_export_from_jax(name, tmp_path):
-    make, inputs = MODELS[name]
-    model, inputs = make(), inputs()
-    expected = to_numpy(model(inputs))
-    export_saved_model(model, tmp_path / "exported")
+    export(model, tmp_path / "exported")
     assert_served(tmp_path / "exported", inputs, expected)
 
 

@@ -20,6 +20,8 @@ from jaxwrap.adapters._module import (
     TRAINABLE,
     Collections,
     ModuleLayer,
+    bind_method,
+    method_parameters,
     require,
 )
 
@@ -108,11 +110,8 @@ class FlaxLayer(ModuleLayer):
 
     def _read_method(self) -> tuple[Mapping[str, inspect.Parameter], str | None]:
         """What the method takes, and which argument of it is the train flag."""
-        module, method, argument = self.module, self.method, self._module_argument
-        bound = getattr(module, method) if isinstance(method, str) else method or module.__call__
-        parameters = dict(inspect.signature(bound).parameters)
-        if not isinstance(method, str) and method is not None and not inspect.ismethod(method):
-            del parameters[next(iter(parameters))]  # the module
+        module, argument = self.module, self._module_argument
+        parameters = method_parameters(module, self.method)
         # A module that was told when it was made wants to hear it once.
         told = [name for name in parameters if getattr(module, name, None) is not None]
         if argument == AUTO and set(told) & {"deterministic", "use_running_average"}:
@@ -157,14 +156,7 @@ class FlaxLayer(ModuleLayer):
 
     def _run(self, module: Any, inputs: dict[str, PyTree], training: bool) -> Any:
         """Calls the method of a bound module."""
-        method = self.method
-        if inspect.ismethod(method):
-            method = method.__name__
-        if isinstance(method, str):
-            fn = getattr(module, method)
-        else:
-            fn = module if method is None else lambda *a, **k: method(module, *a, **k)
-        return self._call_with(fn, inputs, training)
+        return self._call_with(bind_method(module, self.method), inputs, training)
 
     # What the layer asks of an adapter.
 

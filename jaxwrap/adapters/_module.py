@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -118,6 +119,26 @@ class Collections:
             outputs = (outputs, self.select(sown, OUTPUT))
         metrics = _flat_metrics(self.select(sown, METRIC))
         return CallResult(outputs, state, self.select(sown, LOSS), metrics)
+
+
+def method_parameters(
+    module: Any, method: str | Callable[..., Any] | None
+) -> dict[str, inspect.Parameter]:
+    """What a method takes, beside the module: None for `__call__`, a bound method, a name, or a free function."""
+    bound = getattr(module, method) if isinstance(method, str) else method or module.__call__
+    parameters = dict(inspect.signature(bound).parameters)
+    if method is not None and not isinstance(method, str) and not inspect.ismethod(method):
+        del parameters[next(iter(parameters))]  # the module
+    return parameters
+
+
+def bind_method(module: Any, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
+    """The same method of another instance of the module."""
+    if inspect.ismethod(method):
+        method = method.__name__
+    if isinstance(method, str):
+        return getattr(module, method)
+    return module if method is None else functools.partial(method, module)
 
 
 def require(library: str, minimum: str, extra: str, owner: str) -> None:

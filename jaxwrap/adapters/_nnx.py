@@ -13,7 +13,17 @@ import keras
 from jaxwrap._pure import CallResult
 from jaxwrap._signature import AUTO
 from jaxwrap._typing import PyTree
-from jaxwrap.adapters._module import DROP, LOSS, METRIC, OUTPUT, Collections, ModuleLayer, require
+from jaxwrap.adapters._module import (
+    DROP,
+    LOSS,
+    METRIC,
+    OUTPUT,
+    Collections,
+    ModuleLayer,
+    bind_method,
+    method_parameters,
+    require,
+)
 
 _DEFAULT_ROLES = {"losses": LOSS, "metrics": METRIC, "intermediates": DROP}
 
@@ -86,11 +96,7 @@ class NNXLayer(ModuleLayer):
         named = {_collection_name(name): role for name, role in (collections or {}).items()}
         self._keep("_collections", Collections(named, _DEFAULT_ROLES, owner))
         self._keep("_module_argument", training_argument)
-        bound = getattr(module, method) if isinstance(method, str) else method or module.__call__
-        parameters = dict(inspect.signature(bound).parameters)
-        if method is not None and not isinstance(method, str) and not inspect.ismethod(method):
-            del parameters[next(iter(parameters))]  # the module
-        self._takes(parameters, training_argument)
+        self._takes(method_parameters(module, method), training_argument)
         self._keep("_graphdef", None)
         if factory is not None:
             super().__init__(self._call, self._init_module, **kwargs)
@@ -153,14 +159,7 @@ class NNXLayer(ModuleLayer):
         module = nnx.merge(self._graphdef, params, state)
         if self._module_argument is not None:
             module.train() if training else module.eval()
-        method = self.method
-        if inspect.ismethod(method):
-            method = method.__name__
-        if isinstance(method, str):
-            fn = getattr(module, method)
-        else:
-            fn = module if method is None else lambda *a, **k: method(module, *a, **k)
-        outputs = self._call_with(fn, inputs, training)
+        outputs = self._call_with(bind_method(module, self.method), inputs, training)
         sown = self._pop_sown(module)
         _, _, new_state = nnx.split(module, self._trainable_filter, ...)
         return self._collections.result(outputs, nnx.to_pure_dict(new_state), sown)
@@ -168,13 +167,14 @@ class NNXLayer(ModuleLayer):
     def _pop_sown(self, module: Any) -> dict[str, PyTree]:
         """Takes the variables out of a module that are neither parameters nor state; returns them by type."""
         from flax import nnx
+        from flax.traverse_util import unflatten_dict
 
         names = self._collections.named(LOSS, METRIC, OUTPUT, DROP)
         popped = nnx.pop(module, lambda _, variable: _collection_name(type(variable)) in names)
         flat: dict[str, dict[tuple[Any, ...], Any]] = {}
         for path, variable in nnx.to_flat_state(popped):
             flat.setdefault(_collection_name(type(variable)), {})[path] = variable.get_value()
-        return {name: _nest(values) for name, values in flat.items()}
+        return {name: unflatten_dict(values) for name, values in flat.items()}
 
     # What the layer asks of an adapter.
 
@@ -233,14 +233,3 @@ def _collection_name(name: Any) -> str:
     from flax import nnx
 
     return name if isinstance(name, str) else nnx.variable_name_from_type(name, allow_register=True)
-
-
-def _nest(flat: dict[tuple[Any, ...], Any]) -> dict[str, Any]:
-    """A nested dict of values by their paths."""
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        inner = nested
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = value
-    return nested
