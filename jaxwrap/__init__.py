@@ -7,6 +7,7 @@ from jaxwrap import _bridge as _bridge
 from jaxwrap._export import export_saved_model
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import JaxLayer
+from jaxwrap._names import register_serializable
 from jaxwrap._pure import CallResult
 from jaxwrap._rules import Rule
 from jaxwrap.adapters import (
@@ -28,6 +29,7 @@ __all__ = [
     "Rule",
     "export_saved_model",
     "register_adapter",
+    "register_serializable",
     "wrap",
     "wrap_function",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import random
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,16 +17,18 @@ from jax.core import Tracer
 
 from jaxwrap._arguments import Arguments, placeholders
 from jaxwrap._bridge import get_bridge
+from jaxwrap._bridge._base import check_dtype
 from jaxwrap._function import PytreeFunction
 from jaxwrap._metrics import RunningMean
 from jaxwrap._pure import PureFunctions, call_and_tell
 from jaxwrap._pytree import describe_difference, is_array, partition, path_str
 from jaxwrap._rng import Update, check_impl, draw, init_seed, to_key
 from jaxwrap._rules import Rule
-from jaxwrap._signature import AUTO
+from jaxwrap._serialization import check_size, deserialize, serialize, serialize_callable
+from jaxwrap._signature import AUTO, check_types
 from jaxwrap._specs import Spec, abstract_call
 from jaxwrap._typing import PyTree
-from jaxwrap._weights import WeightedLayer
+from jaxwrap._weights import Stored, WeightedLayer
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
@@ -95,6 +98,9 @@ class JaxLayer(WeightedLayer):
         ((5, 2), 'linear/params/w')
     """
 
+    # The arguments of which the config holds what `serialize` makes.
+    _serialized: tuple[str, ...] = ("rules", "call_fn", "init_fn", "params", "state")
+
     def __init__(
         self,
         call_fn: Callable[..., Any],
@@ -110,13 +116,24 @@ class JaxLayer(WeightedLayer):
         update_state_in_inference: bool = True,
         supports_masking: bool = False,
         key_impl: str | None = None,
+        _stored: Stored | None = None,
         **kwargs: Any,
     ):
         owner = self._describe(kwargs.get("name"))
-        if isinstance(call_arguments, str):
-            raise ValueError(
-                f"{owner}: `call_arguments` must be a tuple of names; received {call_arguments!r}."
-            )
+        check_types(
+            owner,
+            seed=(seed, "an integer or None"),
+            native_serialization_platforms=(
+                native_serialization_platforms,
+                "a tuple of names or None",
+            ),
+            call_arguments=(call_arguments, "a tuple of names"),
+            training_argument=(training_argument, "a name or None"),
+            update_state_in_inference=(update_state_in_inference, "a bool"),
+            supports_masking=(supports_masking, "a bool"),
+            key_impl=(key_impl, "a name or None"),
+            trainable=(kwargs.get("trainable", True), "a bool"),
+        )
         packed = self._module_parameters()
         pure = PureFunctions(
             call_fn,
@@ -132,14 +149,13 @@ class JaxLayer(WeightedLayer):
                 f"{owner}: `call_fn` takes {wanted}, but `init_fn`, `params` and `state` are all None. Give `init_fn` "
                 "to make them when the layer is built, or give their values."
             )
-        if seed is not None and not isinstance(seed, int):
-            raise ValueError(f"{owner}: `seed` must be an integer or None; received {seed!r}.")
         check_impl(key_impl, owner)
         if type(self).call is JaxLayer.call:
             # Keras learns from its signature what a layer takes.
             super_call = functools.partial(type(self).call, self)
             self._keep("call", _with_signature(super_call, pure.arguments.signature))
-        super().__init__(rules, owner, **kwargs)
+        super().__init__(rules, owner, _stored, **kwargs)
+        self._values_given = params is not None or state is not None
         self.call_fn = call_fn
         self.init_fn = init_fn
         self.supports_masking = supports_masking
@@ -226,6 +242,8 @@ class JaxLayer(WeightedLayer):
             specs = arguments.from_shapes(input_shape, self.variable_dtype, self._owner)
             self._keep("_specs", specs)
         if self._leaves is None:
+            if self._stored is not None:
+                self._check_sizes()
             with jax.ensure_compile_time_eval():
                 params, state = self._init(placeholders(self._specs))
             traced = [
@@ -252,6 +270,15 @@ class JaxLayer(WeightedLayer):
         specs = self._pure.arguments.from_config(config, self.variable_dtype, self._owner)
         self._keep("_specs", specs)
         self.build(config.get("input_shape"))
+
+    def _check_sizes(self) -> None:
+        """Raises ValueError if inputs or weights do not fit into memory: their shapes come from a file."""
+        specs, structure = partition(self._specs, lambda leaf: isinstance(leaf, Spec))
+        arrays = [jax.ShapeDtypeStruct(spec.fill(1), spec.dtype) for spec in specs]
+        made = jax.eval_shape(lambda arrays: self._init(structure.unflatten(arrays)), arrays)
+        for leaf in (*arrays, *jax.tree_util.tree_leaves(made)):
+            if hasattr(leaf, "shape"):
+                check_size(math.prod(leaf.shape) * leaf.dtype.itemsize, self._owner)
 
     def _read_specs(self, given: dict[str, PyTree]) -> dict[str, PyTree]:
         return self._pure.arguments.specs(given, self._read_spec, self._owner)
@@ -483,48 +510,70 @@ class JaxLayer(WeightedLayer):
     # Saving.
 
     def get_config(self) -> dict[str, Any]:
-        """The configuration; Keras has to be able to serialize the functions, so register them."""
+        """The configuration, of data and registered names.
+
+        Raises:
+            TypeError: If something cannot be saved. The error says what, and what to do.
+        """
         return {
             **super().get_config(),
             **self._function_config(),
             "seed": self._seed,
             "native_serialization_platforms": self._platforms,
             "rules": [
-                [pattern, keras.saving.serialize_keras_object(rule)]
+                [pattern, serialize(rule, f"rules[{pattern!r}]", self._owner)]
                 for pattern, rule in self._rules.pairs
             ],
             "update_state_in_inference": self.update_state_in_inference,
             "supports_masking": self.supports_masking,
             "key_impl": self._key_impl,
+            "stored": self._to_store(self._values_given and self.init_fn is not None)._asdict(),
         }
 
     def _function_config(self) -> dict[str, Any]:
         """The part of the configuration from which the functions are made again."""
-        return {
-            "call_fn": keras.saving.serialize_keras_object(self.call_fn),
-            "init_fn": keras.saving.serialize_keras_object(self.init_fn),
+        config = {
+            "call_fn": serialize_callable(self.call_fn, "call_fn", self._owner),
+            "init_fn": serialize_callable(self.init_fn, "init_fn", self._owner),
             "call_arguments": self._call_arguments,
             "training_argument": self._training_argument,
         }
+        if self.init_fn is None and self._leaves:
+            # Their values are saved with the weights.
+            names = zip(("params", "state"), self._leaves, strict=True)
+            for name, leaves in names:
+                config[name] = serialize(leaves.to_store(), name, self._owner)
+        return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> JaxLayer:
-        """Makes a layer from what `get_config` gave."""
+        """Makes a layer from what `get_config` gave.
+
+        Raises:
+            ValueError: If the config holds a name that is not registered, or is none that `get_config` can have given.
+            TypeError: Likewise.
+        """
         return super().from_config(cls._arguments_from_config(config))
 
     @classmethod
     def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the constructor, from the configuration."""
-        rules = [
-            (pattern, keras.saving.deserialize_keras_object(rule))
-            for pattern, rule in config.get("rules", ())
-        ]
-        functions = {
-            name: keras.saving.deserialize_keras_object(config[name])
-            for name in ("call_fn", "init_fn")
-            if name in config
-        }
-        return {**config, "rules": rules, **functions}
+        owner = f"{cls.__name__} {config.get('name')!r}"
+        arguments = dict(config)
+        if "stored" in config:
+            arguments["_stored"] = _read_stored(arguments.pop("stored"), owner)
+        for name in cls._serialized:
+            if name in config:
+                arguments[name] = deserialize(config[name], name, owner)
+        return arguments
+
+
+def _read_stored(config: Any, owner: str) -> Stored:
+    stored = Stored(**config)
+    check_types(owner, keep_dtypes=(stored.keep_dtypes, "a bool"))
+    for dtype in stored.dtypes.values():
+        check_dtype(dtype)
+    return stored
 
 
 def _with_signature(method: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:

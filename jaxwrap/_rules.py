@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import keras
+import regex
 
 from jaxwrap._bridge._base import check_dtype
+from jaxwrap._serialization import deserialize, serialize_callable
+
+# Patterns come from files too, and some take forever to match. The standard library cannot be stopped.
+_SECONDS = 5
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
@@ -66,15 +72,15 @@ class Rule:
         return {name: value for name, value in values.items() if value is not None}
 
     def get_config(self) -> dict[str, Any]:
-        """The fields that are not None, as Keras serializes them."""
+        """The fields that are not None, as a file holds them."""
         return {
-            name: keras.saving.serialize_keras_object(value) for name, value in self.said().items()
+            name: serialize_callable(value, name, "Rule") for name, value in self.said().items()
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Rule:
         """Makes a rule from what `get_config` gave."""
-        return cls(**config)
+        return cls(**{name: deserialize(value, name, "Rule") for name, value in config.items()})
 
 
 class Rules:
@@ -100,8 +106,8 @@ class Rules:
                     f"{owner}: `rules` must map patterns to `jaxwrap.Rule`; received {pattern!r}: {rule!r}."
                 )
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 raise ValueError(
                     f"{owner}: the pattern {pattern!r} is no regular expression: {error}."
                 ) from error
@@ -124,9 +130,21 @@ def match(pattern: str, paths: Sequence[str], owner: str) -> list[int]:
     """The indices of the paths that a pattern matches as a whole.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or if it takes seconds to find out.
     """
-    found = [index for index, path in enumerate(paths) if re.fullmatch(pattern, path)]
+    compiled = regex.compile(pattern)
+    end = time.monotonic() + _SECONDS
+    try:
+        found = [
+            index
+            for index, path in enumerate(paths)
+            if compiled.fullmatch(path, timeout=max(end - time.monotonic(), 1e-3))
+        ]
+    except TimeoutError:
+        raise ValueError(
+            f"{owner}: it takes longer than {_SECONDS} s to match the pattern {pattern!r} with {len(paths)} paths. "
+            "Write it without repetitions inside of repetitions."
+        ) from None
     if not found:
         raise ValueError(
             f"{owner}: the pattern {pattern!r} matches none of the {len(paths)} paths below the layer. A pattern is a "

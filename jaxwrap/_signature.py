@@ -25,6 +25,41 @@ _TRAIN_FLAGS = (
 )
 
 
+# What an argument may be, in the words of errors.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "a bool": lambda value: isinstance(value, bool),
+    "an integer or None": lambda value: value is None or isinstance(value, int),
+    "a name or None": lambda value: value is None or isinstance(value, str),
+    "names, with integers or None for seeds, or None": lambda value: (
+        value is None
+        or _are_names(value)
+        or (
+            isinstance(value, Mapping)
+            and _are_names(list(value))
+            and all(seed is None or isinstance(seed, int) for seed in value.values())
+        )
+    ),
+    "a tuple of names": lambda value: _are_names(value),
+    "a tuple of names or None": lambda value: value is None or _are_names(value),
+}
+
+
+def check_types(owner: str, **arguments: tuple[Any, str]) -> None:
+    """Raises ValueError for the first of a constructor's arguments that is not what it must be.
+
+    Args:
+        owner: What errors begin with.
+        **arguments: For each name, the value and what it must be.
+    """
+    for name, (value, expected) in arguments.items():
+        if not _TYPES[expected](value):
+            raise ValueError(f"{owner}: `{name}` must be {expected}; received {value!r}.")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
+
+
 class TrainFlag(NamedTuple):
     """The argument of a function that says whether a call is one of training.
 

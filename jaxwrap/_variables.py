@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jaxwrap._pytree import (
     partition,
 )
 from jaxwrap._rules import Rule, Rules, match
+from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array, PyTree
 
 # Each holds the numbers of those before it.
@@ -176,6 +177,13 @@ class Leaves:
             for value, leaf in zip(map(to_host, self.variables), self.leaves, strict=True)
         )
 
+    def to_store(self) -> PyTree:
+        """The user's pytree with a `Weight` for each array or number."""
+        return self.structure.unflatten(
+            Weight(tuple(variable.shape), leaf.dtype, leaf.impl and str(leaf.impl), index)
+            for index, (variable, leaf) in enumerate(zip(self.variables, self.leaves, strict=True))
+        )
+
     def check(self, tree: PyTree) -> tuple[list[np.ndarray], list[str]]:
         """The values in `tree` for the variables, and a line for each difference that forbids to assign them."""
         values, received = partition(tree, is_leaf_array)
@@ -197,9 +205,8 @@ class Leaves:
                     f"  shape: {leaf.path} is {tuple(variable.shape)}; received {array.shape}"
                 )
             # Python numbers have no dtype of their own.
-            if isinstance(value, (bool, int, float, complex)) and _KINDS.index(
-                _kind(array.dtype)
-            ) <= _KINDS.index(_kind(variable.dtype)):
+            numbers = (bool, int, float, complex)
+            if isinstance(value, numbers) and can_hold(variable.dtype, array.dtype):
                 array = array.astype(variable.dtype)
             if str(array.dtype) != variable.dtype:
                 problems.append(f"  dtype: {leaf.path} is {variable.dtype}; received {array.dtype}")
@@ -213,6 +220,7 @@ def create_leaves(
     roots: tuple[tuple[str, ...], tuple[str, ...]],
     rules: Rules,
     keep_dtypes: bool,
+    dtypes: Mapping[str, str],
     owner: str,
 ) -> tuple[Leaves, Leaves]:
     """Creates the variables of a layer, once it is sure that all of them can be.
@@ -224,6 +232,7 @@ def create_leaves(
         rules: What the user says of leaves.
         keep_dtypes: Whether float leaves of other widths than 32 bits keep theirs; if not, the layer's variable dtype
             is for all.
+        dtypes: The dtypes of leaves, by path, that are to have another one than their values.
         owner: What errors begin with.
 
     Raises:
@@ -245,7 +254,7 @@ def create_leaves(
     ]
     values = [value for part, _ in parts for value in part]
     leaves = [
-        Leaf("/".join(name), _dtype(value), _key_impl(value), is_params)
+        Leaf(path := "/".join(name), dtypes.get(path, _dtype(value)), _key_impl(value), is_params)
         for name, value, is_params in zip(names, values, parameters, strict=True)
     ]
     resolved = rules.resolve([leaf.path for leaf in leaves], owner)
@@ -270,6 +279,12 @@ def check_rules(rules: Rules, leaves: Sequence[Leaf], owner: str) -> None:
                     "`trainable`, `autocast`, `regularizer` and `constraint` are for float leaves of the parameters, "
                     "`dtype` for leaves of its own kind: a float dtype for float leaves."
                 )
+
+
+def can_hold(dtype: str, other: Any) -> bool:
+    """Whether a variable of `dtype` holds numbers of the dtype `other`, rounded perhaps."""
+    known = np.dtype(other).kind in "biufc" or jnp.issubdtype(other, jnp.floating)
+    return known and _KINDS.index(_kind(other)) <= _KINDS.index(_kind(dtype))
 
 
 def _kind(dtype: Any) -> str:

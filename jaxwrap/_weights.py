@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import keras
 
-from jaxwrap._rules import Rule, Rules
+from jaxwrap._rules import Rule, Rules, match
 from jaxwrap._storage import load, save
 from jaxwrap._typing import PyTree
 from jaxwrap._variables import Leaves, assign, check_rules, create_leaves
@@ -55,6 +54,18 @@ class WeightTable(tuple[WeightRow, ...]):
         )
 
 
+class Stored(NamedTuple):
+    """What a layer that is made from its config knows of its weights, beside what its arguments say.
+
+    Attributes:
+        keep_dtypes: Whether float leaves keep their widths.
+        dtypes: The dtypes of leaves, by path, where they were given and not made by `init_fn`.
+    """
+
+    keep_dtypes: bool
+    dtypes: dict[str, str]
+
+
 class WeightedLayer(keras.layers.Layer):
     """A layer whose weights are the leaves of two pytrees, `params` and `state`."""
 
@@ -62,14 +73,16 @@ class WeightedLayer(keras.layers.Layer):
         self,
         rules: Mapping[str, Rule] | Iterable[tuple[str, Rule]] | None,
         owner: str,
+        stored: Stored | None,
         **kwargs: Any,
     ):
         checked = Rules(rules, owner)
         super().__init__(**kwargs)
         self._keep("_rules", checked)
         self._keep("_leaves", None)
+        self._keep("_stored", stored)
         # Without a dtype of its own, a layer leaves the widths of leaves to the user.
-        self._keep_dtypes = kwargs.get("dtype") is None
+        self._keep_dtypes = kwargs.get("dtype") is None if stored is None else stored.keep_dtypes
 
     @property
     def params(self) -> PyTree:
@@ -226,6 +239,13 @@ class WeightedLayer(keras.layers.Layer):
         """Sets an attribute as it is: Keras would wrap containers, and JAX not know them any more."""
         object.__setattr__(self, name, value)
 
+    def _to_store(self, given: bool) -> Stored:
+        """What the layer's config says of the weights; `given` if they were given and `init_fn` would make others."""
+        if self._stored is not None:
+            return self._stored
+        leaves = [leaf for part in self._leaves or () for leaf in part.leaves]
+        return Stored(self._keep_dtypes, {leaf.path: leaf.dtype for leaf in leaves if given})
+
     def _create_leaves(self, params: PyTree, state: PyTree) -> None:
         leaves = create_leaves(
             self,
@@ -233,6 +253,7 @@ class WeightedLayer(keras.layers.Layer):
             self._variable_roots(),
             self._rules,
             self._keep_dtypes,
+            self._stored.dtypes if self._stored else {},
             self._owner,
         )
         self._keep("_leaves", leaves)
@@ -262,7 +283,6 @@ class WeightedLayer(keras.layers.Layer):
         parts = self._built_leaves()
         check_rules(rules, [leaf for leaves in parts for leaf in leaves.leaves], self._owner)
         params, _ = parts
-        for index, leaf in enumerate(params.leaves):
-            if re.fullmatch(pattern, leaf.path):
-                params.apply(index, rule)
+        for index in match(pattern, [leaf.path for leaf in params.leaves], self._owner):
+            params.apply(index, rule)
         self._rules.pairs.append((pattern, rule))

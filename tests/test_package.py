@@ -20,6 +20,8 @@ LAYERS = [
     ["_function", "_variables", "_pure", "_metrics"],
     ["_arguments"],
     ["_specs", "_rules"],
+    ["_serialization"],
+    ["_names"],
     ["_bridge", "_pytree", "_signature", "_rng"],
     ["_typing"],
 ]

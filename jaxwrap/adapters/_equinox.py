@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import random
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ import jax.numpy as jnp
 import keras
 
 from jaxwrap._pytree import is_array
-from jaxwrap._signature import AUTO
+from jaxwrap._rng import init_seed, to_key
+from jaxwrap._serialization import Weight, serialize
+from jaxwrap._signature import AUTO, check_types
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._module import ModuleLayer, require
 
@@ -34,6 +38,7 @@ class EquinoxLayer(ModuleLayer):
             by `jax.vmap`, with a key for each example, and one state, under the axis name of its `BatchNorm` layers.
         training_argument: The train flag of the module's `__call__`, if it has one: see `FlaxLayer`. With None the
             module stays in the mode it is in.
+        factory: In the place of `module` and `state`, which are then None: see `from_factory`.
         **kwargs: What `JaxLayer` takes beside its functions and values: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
@@ -52,6 +57,8 @@ class EquinoxLayer(ModuleLayer):
         'mlp/params/layers/0/weight'
     """
 
+    _serialized = (*ModuleLayer._serialized, "module", "factory", "filter_spec")
+
     def __init__(
         self,
         module: Any,
@@ -60,17 +67,23 @@ class EquinoxLayer(ModuleLayer):
         filter_spec: Any = None,
         batch: bool = False,
         training_argument: str | None = AUTO,
+        factory: Callable[..., Any] | None = None,
         **kwargs: Any,
     ):
         owner = self._describe(kwargs.get("name"))
         require("equinox", "0.11", "equinox", owner)
         import equinox as eqx
 
+        check_types(owner, batch=(batch, "a bool"))
+        if factory is not None:
+            module, state = _make(factory, kwargs.get("seed"), kwargs.get("key_impl"))
         if not callable(module):
             raise TypeError(
                 f"{owner}: expected an Equinox module that can be called; received {module!r}."
             )
         self._keep("module", module)
+        self._keep("_factory", factory)
+        self._keep("_filter_spec", filter_spec)
         self.batch = batch
         self._module_argument = training_argument
         parameters = inspect.signature(module).parameters
@@ -100,6 +113,27 @@ class EquinoxLayer(ModuleLayer):
         super().__init__(
             self._call, params=params, state={"module": rest, "state": state}, **kwargs
         )
+
+    @classmethod
+    def from_factory(cls, factory: Callable[..., Any], **kwargs: Any) -> EquinoxLayer:
+        """Makes a layer of the module that `factory(key)` returns, made at once with the layer's seed.
+
+        A registered factory is how a layer is saved whose module is stateful, or of classes that are not registered.
+
+        Args:
+            factory: Takes a JAX key, as `key` if it has an argument of that name, and returns an Equinox module, or
+                the module and its state.
+            **kwargs: What the constructor takes beside the module and its state.
+
+        Example:
+            >>> import equinox as eqx, jaxwrap
+            >>> def make(key):
+            ...     return eqx.nn.MLP(4, 2, 8, 1, key=key)
+            >>> layer = jaxwrap.EquinoxLayer.from_factory(make, batch=True, seed=0)
+            >>> len(layer.trainable_variables)
+            4
+        """
+        return cls(None, factory=factory, **kwargs)
 
     def module_with_weights(self) -> Any:
         """A new module that holds the present values of the weights; for a stateful one, the module and the state."""
@@ -154,16 +188,50 @@ class EquinoxLayer(ModuleLayer):
         return self._get_call_seed()
 
     def _function_config(self) -> dict[str, Any]:
-        return {
-            "module": keras.saving.serialize_keras_object(self.module),
+        config = {
             "batch": self.batch,
             "training_argument": self._module_argument,
+            "filter_spec": serialize(self._filter_spec, "filter_spec", self._owner),
+        }
+        if self._factory is not None:
+            return {
+                **config,
+                "module": None,
+                "factory": serialize(self._factory, "factory", self._owner),
+            }
+        if "state" in self._own:
+            raise TypeError(
+                f"{self._owner} cannot be saved: the state of a stateful module is no data. Make the layer with "
+                "`EquinoxLayer.from_factory(make)`, where `make(key)` is a function that returns the module and the "
+                'state, registered by `@jaxwrap.register_serializable("my_package")`.'
+            )
+        leaves, treedef = jax.tree_util.tree_flatten(self.module)
+        stored = [
+            _weight(leaf, first) if is_array(leaf) else leaf
+            for leaf, first in zip(leaves, self._first, strict=True)
+        ]
+        return {
+            **config,
+            "module": serialize(treedef.unflatten(stored), "module", self._owner),
         }
 
-    @classmethod
-    def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
-        module = keras.saving.deserialize_keras_object(config["module"])
-        return {**super()._arguments_from_config(config), "module": module}
+
+def _weight(array: Any, index: int) -> Weight:
+    """What a config holds of an array of a module."""
+    impl = None
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        impl, array = str(jax.random.key_impl(array)), jax.random.key_data(array)
+    return Weight(
+        tuple(array.shape), array.dtype.name, impl, index, not isinstance(array, jax.Array)
+    )
+
+
+def _make(factory: Callable[..., Any], seed: int | None, impl: str | None) -> tuple[Any, Any]:
+    """What a factory makes: the module, and its state or None."""
+    key = to_key(init_seed(random.randint(1, 10**9) if seed is None else seed, 0), impl)
+    named = "key" in inspect.signature(factory).parameters
+    made = factory(key=key) if named else factory(key)
+    return made if isinstance(made, tuple) else (made, None)
 
 
 def _first_places(leaves: list[Any]) -> list[int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from jaxwrap._names import name_of
+from jaxwrap._serialization import serialize
 from jaxwrap._signature import AUTO
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._module import ModuleLayer, require
@@ -36,6 +38,7 @@ class HaikuLayer(ModuleLayer):
         method: As given.
 
     Raises:
+        TypeError: If it is something else.
         ValueError: If a multi-transform comes without `method`, or `method` names none of its functions.
 
     Example:
@@ -45,6 +48,8 @@ class HaikuLayer(ModuleLayer):
         >>> tuple(layer(np.ones((3, 4), "float32")).shape), len(layer.trainable_variables)
         ((3, 2), 4)
     """
+
+    _serialized = (*ModuleLayer._serialized, "transformed")
 
     def __init__(
         self,
@@ -58,7 +63,11 @@ class HaikuLayer(ModuleLayer):
     ):
         owner = self._describe(kwargs.get("name"))
         require("haiku", "0.0.13", "haiku", owner)
-        self.transformed = transformed
+        if not (hasattr(transformed, "init") and hasattr(transformed, "apply")):
+            raise TypeError(
+                f"{owner}: expected what `hk.transform` returns, or one of its kind; received {transformed!r}."
+            )
+        self._keep("transformed", transformed)
         self.method = method
         self._keep("_apply", self._find_apply(owner))
         self._keep("_module_argument", training_argument)
@@ -110,13 +119,13 @@ class HaikuLayer(ModuleLayer):
         return self._get_call_seed()
 
     def _function_config(self) -> dict[str, Any]:
+        if name_of(self.transformed) is None:
+            raise TypeError(
+                f"{self._owner} cannot be saved: `transformed` has not been registered. Register it, under a name: "
+                '`jaxwrap.register_serializable("my_package", "my_net")(transformed)`.'
+            )
         return {
-            "transformed": keras.saving.serialize_keras_object(self.transformed),
+            "transformed": serialize(self.transformed, "transformed", self._owner),
             "method": self.method,
             "training_argument": self._module_argument,
         }
-
-    @classmethod
-    def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
-        transformed = keras.saving.deserialize_keras_object(config["transformed"])
-        return {**super()._arguments_from_config(config), "transformed": transformed}

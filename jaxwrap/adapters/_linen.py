@@ -10,7 +10,8 @@ import jax
 import keras
 
 from jaxwrap._pure import CallResult
-from jaxwrap._signature import AUTO
+from jaxwrap._serialization import serialize_callable
+from jaxwrap._signature import AUTO, check_types
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._module import (
     DROP,
@@ -21,6 +22,7 @@ from jaxwrap.adapters._module import (
     Collections,
     ModuleLayer,
     bind_method,
+    check_method,
     method_parameters,
     require,
 )
@@ -75,6 +77,8 @@ class FlaxLayer(ModuleLayer):
         'dense/params/bias'
     """
 
+    _serialized = (*ModuleLayer._serialized, "module", "method")
+
     def __init__(
         self,
         module: Any,
@@ -93,6 +97,11 @@ class FlaxLayer(ModuleLayer):
                 f"{owner}: `variables` must be a dict of collections, as `module.init` returns it; "
                 f"received a {type(variables).__name__}."
             )
+        from flax import linen
+
+        if not isinstance(module, linen.Module):
+            raise TypeError(f"{owner}: expected a `flax.linen.Module`; received {module!r}.")
+        check_types(owner, rngs=(rngs, "names, with integers or None for seeds, or None"))
         self.module = module
         self.method = method
         streams = rngs if isinstance(rngs, Mapping) else dict.fromkeys(rngs or ())
@@ -190,12 +199,11 @@ class FlaxLayer(ModuleLayer):
         return tuple(self._collections.select(variables, role) for role in (TRAINABLE, STATE))
 
     def _function_config(self) -> dict[str, Any]:
-        method = self.method
-        if inspect.ismethod(method) and method.__self__ is self.module:
-            method = method.__name__
+        from flax import linen
+
         return {
-            "module": keras.saving.serialize_keras_object(self.module),
-            "method": keras.saving.serialize_keras_object(method),
+            "module": serialize_callable(self.module, "module", self._owner),
+            "method": self._method_config(linen.Module),
             "collections": self._collections.given,
             "rngs": self._rngs,
             "training_argument": self._module_argument,
@@ -203,9 +211,11 @@ class FlaxLayer(ModuleLayer):
 
     @classmethod
     def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
-        module = keras.saving.deserialize_keras_object(config["module"])
-        method = keras.saving.deserialize_keras_object(config["method"])
-        return {**super()._arguments_from_config(config), "module": module, "method": method}
+        from flax import linen
+
+        arguments = super()._arguments_from_config(config)
+        check_method(arguments["module"], arguments.get("method"), linen.Module, cls.__name__)
+        return arguments
 
 
 def _with_default_stream(rngs: PyTree) -> PyTree:

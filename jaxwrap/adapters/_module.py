@@ -14,6 +14,7 @@ import jax
 from jaxwrap._layer import JaxLayer
 from jaxwrap._pure import CallResult
 from jaxwrap._pytree import key_name
+from jaxwrap._serialization import serialize_callable
 from jaxwrap._signature import TrainFlag, call_by_name, find_train_flag
 from jaxwrap._typing import Array, PyTree
 
@@ -35,6 +36,8 @@ class ModuleLayer(JaxLayer):
     are a dict of all that the caller has fed.
     """
 
+    module: Any
+    method: Any
     _given: Mapping[str, inspect.Parameter]
     _fed: tuple[inspect.Parameter, ...]
     _flag: TrainFlag | None
@@ -60,11 +63,24 @@ class ModuleLayer(JaxLayer):
             if name not in skipped
             and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         )
-        if not fed and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-            fed = (inspect.Parameter("inputs", inspect.Parameter.POSITIONAL_ONLY),)
+        by_position = [p for p in fed if p.kind is not p.KEYWORD_ONLY]
+        if not by_position and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+            fed = (inspect.Parameter("inputs", inspect.Parameter.POSITIONAL_ONLY), *fed)
         self._keep("_flag", flag)
         self._keep("_given", parameters)
         self._keep("_fed", fed)
+
+    def _method_config(self, library_base: type) -> Any:
+        """What the config holds of `method`.
+
+        Raises:
+            ValueError: If it is the name of what is no public function of the module's class.
+        """
+        method = self.method
+        if inspect.ismethod(method) and method.__self__ is self.module:
+            method = method.__name__
+        check_method(self.module, method, library_base, self._owner)
+        return serialize_callable(method, "method", self._owner)
 
     def _module_parameters(self) -> Iterable[inspect.Parameter]:
         return self._fed
@@ -75,8 +91,9 @@ class ModuleLayer(JaxLayer):
         """Calls what the caller's arguments are for, with the train flag and what the adapter feeds itself."""
         if self._flag:
             own[self._flag.name] = self._flag.value(training)
-        if set(inputs) - set(self._given):  # a function of any arguments
-            return fn(*inputs.values(), **own)
+        if "inputs" in inputs and "inputs" not in self._given:  # a function of any arguments
+            inputs = dict(inputs)
+            return fn(inputs.pop("inputs"), **inputs, **own)
         return call_by_name(fn, self._given, {**inputs, **own})
 
 
@@ -93,6 +110,8 @@ class Collections:
         Raises:
             ValueError: If a collection is said to be something that there is not.
         """
+        if not isinstance(given, (Mapping, type(None))):
+            raise ValueError(f"{owner}: `collections` must be a dict or None; received {given!r}.")
         for name, role in (given or {}).items():
             if role not in ROLES:
                 raise ValueError(
@@ -130,6 +149,31 @@ def method_parameters(
     if method is not None and not isinstance(method, str) and not inspect.ismethod(method):
         del parameters[next(iter(parameters))]  # the module
     return parameters
+
+
+def check_method(module: Any, method: Any, library_base: type, owner: str) -> None:
+    """Raises ValueError unless a method that is named in a config is a public function of the module's own class.
+
+    Args:
+        module: The module.
+        method: The name; what is none is no matter of this function.
+        library_base: The class of the library that all modules are of; its own functions are not the module's.
+        owner: What errors begin with.
+    """
+    if not isinstance(method, str):
+        return
+    own = [cls for cls in type(module).__mro__ if not issubclass(library_base, cls)]
+    found = next((vars(cls)[method] for cls in own if method in vars(cls)), None)
+    if (method.startswith("_") and method != "__call__") or not inspect.isfunction(found):
+        public = [
+            name
+            for name in dict.fromkeys(name for cls in own for name in vars(cls))
+            if not name.startswith("_") and inspect.isfunction(vars(type(module)).get(name))
+        ]
+        raise ValueError(
+            f"{owner}: a config may name as `method` a public function that the class of the module defines; "
+            f"{type(module).__name__} has {', '.join([*public, '__call__'])}. Received {method!r}."
+        )
 
 
 def bind_method(module: Any, method: str | Callable[..., Any] | None) -> Callable[..., Any]:

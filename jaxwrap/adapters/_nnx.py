@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import keras
 
 from jaxwrap._pure import CallResult
+from jaxwrap._serialization import serialize
 from jaxwrap._signature import AUTO
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._module import (
@@ -21,6 +22,7 @@ from jaxwrap.adapters._module import (
     Collections,
     ModuleLayer,
     bind_method,
+    check_method,
     method_parameters,
     require,
 )
@@ -64,6 +66,8 @@ class NNXLayer(ModuleLayer):
         ['linear/params/bias', 'linear/params/kernel']
     """
 
+    _serialized = (*ModuleLayer._serialized, "factory", "method", "trained")
+
     def __init__(
         self,
         module: Any,
@@ -80,7 +84,7 @@ class NNXLayer(ModuleLayer):
         from flax import nnx
 
         if factory is not None:
-            module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+            module = _abstract(factory)
         if not isinstance(module, nnx.Module):
             raise TypeError(
                 f"{owner}: expected an `nnx.Module`; received {module!r}. A function that makes one goes to "
@@ -109,7 +113,7 @@ class NNXLayer(ModuleLayer):
         """Makes a layer of the module that `factory(rngs)` returns, built with the layer's seed when the layer is.
 
         Args:
-            factory: Takes an `nnx.Rngs` and returns an `nnx.Module`.
+            factory: Takes an `nnx.Rngs`, as `rngs` if it has an argument of that name, and returns an `nnx.Module`.
             **kwargs: What the constructor takes beside the module.
 
         Example:
@@ -139,7 +143,7 @@ class NNXLayer(ModuleLayer):
 
         if not jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key):
             rng = jax.random.wrap_key_data(rng)
-        return self._split(self._factory(nnx.Rngs(rng)))
+        return self._split(_make(self._factory, nnx.Rngs(rng)))
 
     def _split(self, module: Any) -> tuple[PyTree, PyTree]:
         """The values of parameters and state; what has been sown is none of them."""
@@ -179,16 +183,20 @@ class NNXLayer(ModuleLayer):
     # What the layer asks of an adapter.
 
     def _function_config(self) -> dict[str, Any]:
-        method = self.method.__name__ if inspect.ismethod(self.method) else self.method
-        source = (
-            {"module": keras.saving.serialize_keras_object(self.module)}
-            if self._factory is None
-            else {"module": None, "factory": keras.saving.serialize_keras_object(self._factory)}
-        )
+        from flax import nnx
+
+        if self._factory is None:
+            raise TypeError(
+                f"{self._owner} cannot be saved: `module` is an instance, of which nothing says how it was made. Make "
+                "the layer with `NNXLayer.from_factory(make)`, where `make(rngs)` is a function that returns the "
+                'module, registered by `@jaxwrap.register_serializable("my_package")`.'
+            )
+        chosen = self._trainable_filter
         return {
-            **source,
-            "trained": self._trained_name(),
-            "method": keras.saving.serialize_keras_object(method),
+            "module": None,
+            "factory": serialize(self._factory, "factory", self._owner),
+            "trained": None if chosen is nnx.Param else serialize(chosen, "trainable", self._owner),
+            "method": self._method_config(nnx.Module),
             "collections": self._collections.given,
             "training_argument": self._module_argument,
         }
@@ -197,14 +205,12 @@ class NNXLayer(ModuleLayer):
     def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
         from flax import nnx
 
-        restored = {
-            name: keras.saving.deserialize_keras_object(config[name])
-            for name in ("module", "factory", "method")
-            if name in config
-        }
-        arguments = {**super()._arguments_from_config(config), **restored}
+        arguments = super()._arguments_from_config(config)
         if (trained := arguments.pop("trained", None)) is not None:
-            arguments["trainable"] = nnx.variable_type_from_name(trained)
+            arguments["trainable"] = trained
+        check_method(
+            _abstract(arguments["factory"]), arguments.get("method"), nnx.Module, cls.__name__
+        )
         return arguments
 
     @classmethod
@@ -214,18 +220,19 @@ class NNXLayer(ModuleLayer):
         layer.trainable = config.get("trainable", True)
         return layer
 
-    def _trained_name(self) -> str | None:
-        """The name of the type of the variables that are trained; None for the default."""
-        from flax import nnx
 
-        chosen = self._trainable_filter
-        if chosen is nnx.Param:
-            return None
-        if not isinstance(chosen, type):
-            raise ValueError(
-                f"{self._owner} cannot be saved with `trainable={chosen!r}`: a file can hold types of variables only."
-            )
-        return nnx.variable_name_from_type(chosen, allow_register=True)
+def _abstract(factory: Callable[..., Any]) -> Any:
+    """The module that a factory makes, without values."""
+    from flax import nnx
+
+    return nnx.eval_shape(lambda: _make(factory, nnx.Rngs(0)))
+
+
+def _make(factory: Callable[..., Any], rngs: Any) -> Any:
+    # A class, or a `functools.partial` of it, is a factory too: modules take their rngs by keyword, and hide it.
+    parameters = inspect.signature(factory).parameters
+    named = "rngs" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return factory(rngs=rngs) if named else factory(rngs)
 
 
 def _collection_name(name: Any) -> str:
