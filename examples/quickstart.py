@@ -55,9 +55,13 @@ from sklearn.model_selection import train_test_split
 import jaxwrap
 
 
-@keras.saving.register_keras_serializable(package="quickstart")
+# What a file refers to needs a name.
+register = jaxwrap.register_serializable("quickstart")
+
+
+@register
 class DigitsCNN(nn.Module):
-    """An ordinary Linen module; only `get_config` and `from_config` are for Keras, to save it."""
+    """An ordinary Linen module."""
 
     width: int = 32
     dropout: float = 0.4
@@ -72,14 +76,8 @@ class DigitsCNN(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not training)(x)
         return nn.relu(nn.Dense(4 * self.width)(x))
 
-    def get_config(self):
-        return {"width": self.width, "dropout": self.dropout}
 
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-
+@register
 class NnxCNN(nnx.Module):
     """The same in Flax NNX."""
 
@@ -112,6 +110,11 @@ def haiku_cnn(x, is_training):
     return jax.nn.relu(hk.Linear(128)(x))
 
 
+haiku_transform = jaxwrap.register_serializable("quickstart", "haiku")(
+    hk.transform_with_state(haiku_cnn)
+)
+
+
 class EquinoxCNN(eqx.Module):
     """The same in Equinox, where a module is written for one example."""
 
@@ -141,41 +144,18 @@ class EquinoxCNN(eqx.Module):
         return jax.nn.relu(self.dense(self.dropout(x.ravel(), key=key))), state
 
 
-class ByName:
-    """A layer that a file describes by its class alone, which makes the module."""
-
-    def get_config(self):
-        return keras.layers.Layer.get_config(self)
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-
-@keras.saving.register_keras_serializable(package="quickstart")
-class NnxDigits(ByName, jaxwrap.NNXLayer):
-    def __init__(self, **kwargs):
-        super().__init__(None, factory=NnxCNN, **kwargs)
-
-
-@keras.saving.register_keras_serializable(package="quickstart")
-class HaikuDigits(ByName, jaxwrap.HaikuLayer):
-    def __init__(self, **kwargs):
-        super().__init__(hk.transform_with_state(haiku_cnn), **kwargs)
-
-
-@keras.saving.register_keras_serializable(package="quickstart")
-class EquinoxDigits(ByName, jaxwrap.EquinoxLayer):
-    def __init__(self, **kwargs):
-        module, state = eqx.nn.make_with_state(EquinoxCNN)(jax.random.key(0))
-        super().__init__(module, state, batch=True, **kwargs)
+@register
+def make_equinox(key):
+    return eqx.nn.make_with_state(EquinoxCNN)(key)
 
 
 LAYERS = {
     "linen": lambda **kwargs: jaxwrap.FlaxLayer(DigitsCNN(), **kwargs),
-    "nnx": NnxDigits,
-    "haiku": HaikuDigits,
-    "equinox": EquinoxDigits,
+    "nnx": lambda **kwargs: jaxwrap.NNXLayer.from_factory(NnxCNN, **kwargs),
+    "haiku": lambda **kwargs: jaxwrap.HaikuLayer(haiku_transform, **kwargs),
+    "equinox": lambda **kwargs: jaxwrap.EquinoxLayer.from_factory(
+        make_equinox, batch=True, **kwargs
+    ),
 }
 
 

@@ -174,6 +174,7 @@ class JaxLayer(WeightedLayer):
         self._opaque_call = get_bridge().opaque(self._checked_call)
         self._function = PytreeFunction(self._call_flat, self._owner, self._platforms)
         self._keep("_specs", None)
+        self._keep("_from_file", False)
         self._keep("_nests", set())
         self._keep("_abstract", {})
         self._keep("_means", {})
@@ -242,7 +243,7 @@ class JaxLayer(WeightedLayer):
             specs = arguments.from_shapes(input_shape, self.variable_dtype, self._owner)
             self._keep("_specs", specs)
         if self._leaves is None:
-            if self._stored is not None:
+            if self._from_file:
                 self._check_sizes()
             with jax.ensure_compile_time_eval():
                 params, state = self._init(placeholders(self._specs))
@@ -274,11 +275,13 @@ class JaxLayer(WeightedLayer):
     def _check_sizes(self) -> None:
         """Raises ValueError if inputs or weights do not fit into memory: their shapes come from a file."""
         specs, structure = partition(self._specs, lambda leaf: isinstance(leaf, Spec))
-        arrays = [jax.ShapeDtypeStruct(spec.fill(1), spec.dtype) for spec in specs]
-        made = jax.eval_shape(lambda arrays: self._init(structure.unflatten(arrays)), arrays)
-        for leaf in (*arrays, *jax.tree_util.tree_leaves(made)):
-            if hasattr(leaf, "shape"):
-                check_size(math.prod(leaf.shape) * leaf.dtype.itemsize, self._owner)
+        inputs = [jax.ShapeDtypeStruct(spec.fill(1), spec.dtype) for spec in specs]
+
+        def arrays_of(inputs: list[Any]) -> list[Any]:
+            return partition(self._init(structure.unflatten(inputs)), is_array)[0]
+
+        arrays = (*inputs, *jax.eval_shape(arrays_of, inputs))
+        check_size(sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays), self._owner)
 
     def _read_specs(self, given: dict[str, PyTree]) -> dict[str, PyTree]:
         return self._pure.arguments.specs(given, self._read_spec, self._owner)
@@ -553,7 +556,9 @@ class JaxLayer(WeightedLayer):
             ValueError: If the config holds a name that is not registered, or is none that `get_config` can have given.
             TypeError: Likewise.
         """
-        return super().from_config(cls._arguments_from_config(config))
+        layer = super().from_config(cls._arguments_from_config(config))
+        layer._keep("_from_file", True)
+        return layer
 
     @classmethod
     def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:

@@ -272,7 +272,7 @@ class _Deserializer:
     def __init__(self, what: str, owner: str):
         self._what = what
         self._owner = owner
-        self._weights: dict[int, Any] = {}
+        self._weights: dict[int, tuple[Weight, Any]] = {}
 
     def deserialize(self, config: Any, depth: int) -> Any:
         if depth > _MAX_DEPTH:
@@ -306,9 +306,11 @@ class _Deserializer:
         fields = {name: config[name] for name in Weight._fields}
         weight = Weight(**{**fields, "shape": _shape(config["shape"])})
         check_size(weight.size, self._owner)
-        if weight.place not in self._weights:
-            self._weights[weight.place] = weight.zeros()
-        return self._weights[weight.place]
+        known, array = self._weights.get(weight.place) or (weight, weight.zeros())
+        if known != weight:
+            raise TypeError(f"place {weight.place} is taken by {known}")
+        self._weights[weight.place] = known, array
+        return array
 
     def _name(self, config: dict[str, Any], depth: int) -> Any:
         return self._find(config["name"])
@@ -407,7 +409,7 @@ def check_size(size: int, owner: str) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise ValueError(
-            f"{owner}: this config asks for an array of {size:,} bytes; the machine has {memory:,} bytes of memory."
+            f"{owner}: this config asks for arrays of {size:,} bytes; the machine has {memory:,} bytes of memory."
         )
 
 

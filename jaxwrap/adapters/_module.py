@@ -200,12 +200,18 @@ def require(library: str, minimum: str, extra: str, owner: str) -> None:
     install = f"Install it with `pip install jaxwrap[{extra}]`."
     if importlib.util.find_spec(library) is None:
         raise ImportError(f"{owner} needs {library!r}, which is not installed. {install}")
-    (distribution, *_) = importlib.metadata.packages_distributions().get(library, [library])
+    (distribution, *_) = _distributions().get(library, [library])
     found = importlib.metadata.version(distribution)
     if _numbers(found) < _numbers(minimum):
         raise ImportError(
             f"{owner} needs {distribution} {minimum} or newer; {found} is installed. {install}"
         )
+
+
+@functools.cache  # all that is installed is searched
+def _distributions() -> Mapping[str, list[str]]:
+    """The names under which libraries are installed."""
+    return importlib.metadata.packages_distributions()
 
 
 def _numbers(version: str) -> tuple[int, ...]:
