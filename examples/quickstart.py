@@ -54,7 +54,6 @@ from sklearn.model_selection import train_test_split
 
 import jaxwrap
 
-
 # What a file refers to needs a name.
 register = jaxwrap.register_serializable("quickstart")
 
