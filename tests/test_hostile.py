@@ -591,7 +591,7 @@ def test_damaged_archives(tmp_path):
 
 @pytest.mark.parametrize("name", ["linen", "params and state"])
 def test_damaged_weights(name, tmp_path):
-    """An error, and no weight has changed; or it stood for nothing."""
+    """All weights of the layer are the right ones, or none has changed and there was an error."""
     model = keras.Sequential([keras.Input((4,)), LAYERS[name]()])
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)
@@ -604,14 +604,14 @@ def test_damaged_weights(name, tmp_path):
     for damaged in damages(data, RANDOM_SEED, 250, 50):
         path.write_bytes(damaged)
         with watched():
+            possible = [written]
             try:
                 model.load_weights(path)
-                expected = written
             except Exception:
                 errors += 1
-                expected = zeros
-        for value, right in zip(values_of(model), expected, strict=True):
-            np.testing.assert_array_equal(value, right)
+                possible.append(zeros)  # Keras may have found the damage after the layer was loaded
+        values = values_of(model)
+        assert any(all(map(np.array_equal, values, right)) for right in possible)
         for variable, value in zip(model.variables, zeros, strict=True):
             variable.assign(value)
     assert errors > 50
