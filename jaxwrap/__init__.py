@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 # First, since it says what to install when Keras cannot import its backend.
 from jaxwrap import _bridge as _bridge
+from jaxwrap import checkpoints as checkpoints
 from jaxwrap._export import export_saved_model
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import JaxLayer

@@ -28,17 +28,14 @@ def save(
         weights: Variables by their paths below the layer.
         seeds: The states of seed generators by their names.
     """
-    checksum = 0
-    for path, variable in weights.items():
-        store[path] = value = _to_file(variable)
-        checksum = _update(checksum, path, value)
+    arrays = {path: _to_file(variable) for path, variable in weights.items()}
     for name, variable in seeds.items():
-        seed = np.asarray(keras.ops.convert_to_numpy(variable.value), dtype="int64")
-        store[f"{_SEEDS}/{name}"] = seed
-        checksum = _update(checksum, name, seed)
-    paths = [*weights, *(f"{_SEEDS}/{name}" for name in seeds)]
-    store[_PATHS] = np.frombuffer("\n".join(paths).encode(), "uint8")
-    store[_CHECKSUM] = np.uint32(checksum)
+        seed = keras.ops.convert_to_numpy(variable.value)
+        arrays[f"{_SEEDS}/{name}"] = np.asarray(seed, dtype="int64")
+    for path, array in arrays.items():
+        store[path] = array
+    store[_PATHS] = np.frombuffer("\n".join(arrays).encode(), "uint8")
+    store[_CHECKSUM] = np.uint32(_checksum(arrays))
 
 
 def load(
@@ -61,43 +58,42 @@ def load(
         ValueError: If weights are missing, not expected, or of another shape. All of them are listed. Or if they are
             not what was written.
     """
-    seeds_in_file = set()
     if _PATHS in store:
-        found = np.asarray(store[_PATHS]).tobytes().decode(errors="replace").split("\n")
-        seeds_in_file = {path for path in found if path.startswith(f"{_SEEDS}/")}
-        names = {path: path for path in found if path and path not in seeds_in_file}
+        listed = np.asarray(store[_PATHS]).tobytes().decode(errors="replace").split("\n")
+        arrays = {path: np.asarray(store[path]) for path in listed if path and path in store}
+        whole = _CHECKSUM not in store or np.array_equal(store[_CHECKSUM], _checksum(arrays))
     else:
         by_number = {str(number): path for number, path in enumerate(in_order)}
-        names = {by_number.get(key, key): key for key in store.keys()}  # noqa: SIM118 (a store is no dict)
-    problems = [f"  missing: {path}" for path in weights if path not in names]
-    problems += [f"  unexpected: {path}" for path in names if path not in weights]
+        arrays = {
+            by_number.get(key, str(key)): np.asarray(store[key]) for key in list(store.keys())
+        }
+        whole = True
+    found_seeds = {path: arrays.pop(path) for path in list(arrays) if path.startswith(_SEEDS + "/")}
+    problems = [f"  missing: {path}" for path in weights if path not in arrays]
+    problems += [f"  unexpected: {path}" for path in arrays if path not in weights]
     values = {}
-    checksum = 0
     for path, variable in weights.items():
-        if path in names:
-            raw = np.asarray(store[names[path]])
-            checksum = _update(checksum, path, raw)
-            values[path] = value = _from_file(raw, variable.dtype)
+        if path in arrays:
+            values[path] = value = _from_file(arrays[path], variable.dtype)
             if value.shape != tuple(variable.shape):
                 problems.append(
                     f"  shape: {path} is {tuple(variable.shape)}, in the file {value.shape}"
                 )
             if not can_hold(variable.dtype, value.dtype):
                 problems.append(f"  dtype: {path} is {variable.dtype}, in the file {value.dtype}")
-    states = {}
-    for name, variable in seeds.items():
-        if (path := f"{_SEEDS}/{name}") in seeds_in_file:
-            states[name] = state = np.asarray(store[path])
-            checksum = _update(checksum, name, state)
-            if state.shape != tuple(variable.shape) or state.dtype.kind not in "iu":
-                problems.append(f"  seed: {path} is no pair of integers")
+    # The layer may have other streams than the one that wrote the file.
+    states = {
+        name: found_seeds[f"{_SEEDS}/{name}"] for name in seeds if f"{_SEEDS}/{name}" in found_seeds
+    }
+    for name, state in states.items():
+        if state.shape != tuple(seeds[name].shape) or state.dtype.kind not in "iu":
+            problems.append(f"  seed: {_SEEDS}/{name} is no pair of integers")
     if problems:
         raise ValueError(
             f"{owner}: the weights in the file are not those of the layer. None has been changed.\n"
             + "\n".join(problems)
         )
-    # The layer may have other streams than the one that wrote the file.
-    if len(states) == len(seeds_in_file) and _CHECKSUM in store and checksum != store[_CHECKSUM]:
+    if not whole:
         raise ValueError(
             f"{owner}: the weights in the file are not those that were written: their checksum differs. None has been "
             "changed. The file is damaged; use another copy."
@@ -108,9 +104,12 @@ def load(
         seeds[name].assign(state.astype("uint32"))
 
 
-def _update(checksum: int, name: str, value: np.ndarray) -> int:
-    checksum = zlib.crc32(f"{name} {value.dtype} {value.shape}".encode(), checksum)
-    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view("uint8").data, checksum)
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    checksum = 0
+    for path, array in arrays.items():
+        checksum = zlib.crc32(f"{path} {array.dtype} {array.shape}".encode(), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view("uint8").data, checksum)
+    return checksum
 
 
 def _to_file(variable: keras.Variable) -> np.ndarray:

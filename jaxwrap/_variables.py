@@ -283,7 +283,11 @@ def check_rules(rules: Rules, leaves: Sequence[Leaf], owner: str) -> None:
 
 def can_hold(dtype: str, other: Any) -> bool:
     """Whether a variable of `dtype` holds numbers of the dtype `other`, rounded perhaps."""
-    known = np.dtype(other).kind in "biufc" or jnp.issubdtype(other, jnp.floating)
+    try:
+        other = jnp.dtype(other)
+    except TypeError:
+        return False
+    known = other.kind in "biufc" or jnp.issubdtype(other, jnp.floating)
     return known and _KINDS.index(_kind(other)) <= _KINDS.index(_kind(dtype))
 
 

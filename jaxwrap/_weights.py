@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import keras
 
 from jaxwrap._rules import Rule, Rules, match
 from jaxwrap._storage import load, save
+from jaxwrap._tables import format_table
 from jaxwrap._typing import PyTree
 from jaxwrap._variables import Leaves, assign, check_rules, create_leaves
 
@@ -43,15 +45,14 @@ class WeightTable(tuple[WeightRow, ...]):
             for row in self
         ]
         total = ("total", "", "", "", f"{sum(row.size for row in self):,}")
-        rows = [WeightRow._fields, *rows, total]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if column == len(widths) - 1 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return format_table([WeightRow._fields, *rows, total], numbers=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPath:
+    """Stands for a weight in a pytree: its path below the layer."""
+
+    path: str
 
 
 class Stored(NamedTuple):
@@ -225,7 +226,18 @@ class WeightedLayer(keras.layers.Layer):
             )
         return variables.get("params"), variables.get("state")
 
+    def _checkpoint_tree(self) -> PyTree:
+        """What a checkpoint of the module holds, with a `LeafPath` for each weight."""
+        return self._join_variables(*self._leaf_paths())
+
     # For the layer itself.
+
+    def _leaf_paths(self) -> tuple[PyTree, PyTree]:
+        params, state = (
+            part.structure.unflatten([LeafPath(leaf.path) for leaf in part.leaves])
+            for part in self._built_leaves()
+        )
+        return params, state
 
     @property
     def _owner(self) -> str:

@@ -1,6 +1,7 @@
 """Every example in the README and the docs runs, and every example in a docstring."""
 
 import doctest
+import operator
 import pathlib
 import re
 import sys
@@ -31,9 +32,10 @@ def test_page(page, backend, tmp_path, monkeypatch):
         exec(compile(block["code"], page, "exec"), vars(module))
 
 
-@pytest.mark.parametrize("name", jaxwrap.__all__)
+@pytest.mark.parametrize("name", [*jaxwrap.__all__, "checkpoints.save", "checkpoints.load"])
 def test_docstring(name):
-    test = doctest.DocTestFinder().find(getattr(jaxwrap, name), name, globs={})[0]
+    obj = operator.attrgetter(name)(jaxwrap)
+    test = doctest.DocTestFinder().find(obj, name, globs={})[0]
     assert test.examples, f"{name} has no example"
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     assert runner.run(test).failed == 0

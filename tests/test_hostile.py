@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -563,8 +564,11 @@ def values_of(model):
 
 def damages(data, seed, flips, cuts):
     rng = random.Random(seed)
+    # In a damaged heap of strings, the HDF5 library itself looks for an end for ever, whoever has written the file.
+    heaps = [range(found.start(), found.start() + 4096) for found in re.finditer(b"GCOL", data)]
+    sound = [place for place in range(len(data)) if not any(place in heap for heap in heaps)]
     for _ in range(flips):
-        place = rng.randrange(len(data))
+        place = rng.choice(sound)
         yield data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
     for _ in range(cuts):
         yield data[: rng.randrange(len(data))]

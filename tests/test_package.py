@@ -13,7 +13,7 @@ SOURCE = pathlib.Path(jaxwrap.__file__).parent
 # Left to right only.
 LAYERS = [
     ["__init__"],
-    ["adapters", "_export"],
+    ["adapters", "checkpoints", "_export"],
     ["_layer"],
     ["_weights"],
     ["_storage"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["_specs", "_rules"],
     ["_serialization"],
     ["_names"],
-    ["_bridge", "_pytree", "_signature", "_rng"],
+    ["_bridge", "_pytree", "_signature", "_rng", "_tables"],
     ["_typing"],
 ]
 

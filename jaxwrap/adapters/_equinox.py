@@ -184,6 +184,11 @@ class EquinoxLayer(ModuleLayer):
             outputs, new = mapped(inputs, keys, state["state"])
         return outputs, {**state, "state": new}
 
+    def _checkpoint_tree(self) -> PyTree:
+        params, state = self._leaf_paths()
+        module = self._join(params, state["module"])
+        return module if state["state"] is None else (module, state["state"])
+
     def _get_call_rng(self, training: bool) -> PyTree:
         return self._get_call_seed()
 

@@ -1,0 +1,334 @@
+"""The formats of checkpoints: each lists what a file holds before it reads it, and writes arrays by their names."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxwrap._pytree import path_str
+from jaxwrap._typing import PyTree
+from jaxwrap._weights import LeafPath
+from jaxwrap.checkpoints._plan import Entry
+
+
+class OpenFile(NamedTuple):
+    """A file that is being read.
+
+    Attributes:
+        entries: What it holds, by name.
+        read: Reads one array.
+    """
+
+    entries: dict[str, Entry]
+    read: Callable[[str], np.ndarray]
+
+
+class Format(Protocol):
+    """What each format can do. `tree` is the pytree of the layer with a `LeafPath` for each weight."""
+
+    def open(
+        self, path: pathlib.Path, tree: PyTree, owner: str
+    ) -> contextlib.AbstractContextManager[OpenFile]:
+        """Reads what the file holds, without the values where the format allows that.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        ...
+
+    def write(
+        self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
+    ) -> None:
+        """Writes arrays by their names.
+
+        Raises:
+            ValueError: If the format does not have a dtype.
+        """
+        ...
+
+
+class _Npz:
+    """Flat names. Without pickle, and the numbers of bytes are checked before they are allocated."""
+
+    @contextlib.contextmanager
+    def open(self, path: pathlib.Path, tree: PyTree, owner: str) -> Iterator[OpenFile]:
+        with zipfile.ZipFile(path) as archive:
+            entries = {}
+            for info in archive.infolist():
+                with archive.open(info) as member:
+                    entry, _ = _read_header(member, info.file_size, info.filename, owner)
+                entries[info.filename.removesuffix(".npy")] = entry
+
+            def read(name: str) -> np.ndarray:
+                with archive.open(f"{name}.npy") as member:
+                    return np.lib.format.read_array(member, allow_pickle=False)
+
+            yield OpenFile(entries, read)
+
+    def write(
+        self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
+    ) -> None:
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biufc":
+                raise ValueError(
+                    f"{owner}: {name} is {array.dtype}, which `.npz` does not have. Save it as `.safetensors`."
+                )
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+
+_SAFETENSORS_DTYPES = {
+    "BOOL": "bool",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+}
+
+
+class _Safetensors:
+    """Flat names."""
+
+    @contextlib.contextmanager
+    def open(self, path: pathlib.Path, tree: PyTree, owner: str) -> Iterator[OpenFile]:
+        from safetensors import safe_open
+
+        entries = {}
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                part = file.get_slice(name)
+                dtype = str(part.get_dtype())
+                entries[name] = Entry(
+                    tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)
+                )
+
+        def read(name: str) -> np.ndarray:
+            # Opened anew for each array: what has been read of an open file stays in memory.
+            with safe_open(path, framework="np") as file:
+                return np.asarray(file.get_tensor(name))
+
+        yield OpenFile(entries, read)
+
+    def write(
+        self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
+    ) -> None:
+        import safetensors.numpy
+
+        for name, array in arrays.items():
+            if array.dtype.name.startswith("float8"):
+                raise ValueError(
+                    f"{owner}: {name} is {array.dtype}, which cannot be read from `.safetensors` as a NumPy array. "
+                    "Save it as `.msgpack`."
+                )
+        safetensors.numpy.save_file(
+            {
+                name: np.ascontiguousarray(array).reshape(array.shape)
+                for name, array in arrays.items()
+            },
+            path,
+        )
+
+
+class _Msgpack:
+    """Flax's own: nested dicts. Names and shapes are known once it is read, array by array."""
+
+    @contextlib.contextmanager
+    def open(self, path: pathlib.Path, tree: PyTree, owner: str) -> Iterator[OpenFile]:
+        import msgpack
+        from flax.serialization import msgpack_restore
+
+        def restore(code: int, data: bytes) -> Any:
+            packed: Any = msgpack.packb(msgpack.ExtType(code, data))
+            return msgpack_restore(packed)
+
+        # Flax itself would hold the bytes of the whole file beside the arrays.
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            unpacker = msgpack.Unpacker(file, ext_hook=restore, max_buffer_size=size + 1)
+            restored = unpacker.unpack()
+        arrays = {name: np.asarray(leaf) for name, leaf in _flat(_join_chunks(restored)).items()}
+        entries = {name: Entry(array.shape, array.dtype.name) for name, array in arrays.items()}
+        yield OpenFile(entries, arrays.pop)
+
+    def write(
+        self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
+    ) -> None:
+        from flax.serialization import msgpack_serialize
+
+        path.write_bytes(msgpack_serialize(_nested(arrays)))
+
+
+class _Orbax:
+    """Nested dicts, in a directory."""
+
+    @contextlib.contextmanager
+    def open(self, path: pathlib.Path, tree: PyTree, owner: str) -> Iterator[OpenFile]:
+        from orbax.checkpoint import StandardCheckpointer
+
+        with StandardCheckpointer() as checkpointer:
+            metadata = _flat(checkpointer.metadata(path.absolute()).item_metadata.tree)
+            entries = {
+                name: Entry(tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
+                for name, leaf in metadata.items()
+            }
+            arrays: dict[str, Any] = {}
+
+            def read(name: str) -> np.ndarray:
+                if not arrays:
+                    arrays.update(_flat(checkpointer.restore(path.absolute())))
+                return np.asarray(arrays.pop(name))
+
+            yield OpenFile(entries, read)
+
+    def write(
+        self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
+    ) -> None:
+        from orbax.checkpoint import StandardCheckpointer
+
+        with StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), _nested(arrays))
+            checkpointer.wait_until_finished()
+
+
+class _Eqx:
+    """Leaves one after the other, without names: Equinox finds their places in the tree."""
+
+    @contextlib.contextmanager
+    def open(self, path: pathlib.Path, tree: PyTree, owner: str) -> Iterator[OpenFile]:
+        import equinox as eqx
+
+        places: dict[str, int] = {}
+        entries: dict[str, Entry] = {}
+        size = path.stat().st_size
+
+        def skip(file: BinaryIO, leaf: Any) -> Any:
+            if not isinstance(leaf, LeafPath):
+                # What is no weight may be a number, which is there as well.
+                eqx.default_deserialise_filter_spec(file, leaf)
+                return leaf
+            places[leaf.path] = file.tell()
+            entry, length = _read_header(file, size - file.tell(), leaf.path, owner)
+            entries[leaf.path] = entry
+            file.seek(length, 1)
+            return leaf
+
+        with path.open("rb") as file:
+            eqx.tree_deserialise_leaves(file, tree, filter_spec=skip)
+            if file.tell() != size:
+                raise ValueError(f"{owner}: the file {path} holds more than the layer has leaves.")
+
+            def read(name: str) -> np.ndarray:
+                file.seek(places[name])
+                array = np.load(file, allow_pickle=False)
+                # NumPy does not know the name of what it writes for bfloat16.
+                return array.view(jnp.bfloat16) if array.dtype == "V2" else array
+
+            yield OpenFile(entries, read)
+
+    def write(
+        self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
+    ) -> None:
+        import equinox as eqx
+
+        def put(file: BinaryIO, leaf: Any) -> None:
+            if not isinstance(leaf, LeafPath):
+                eqx.default_serialise_filter_spec(file, leaf)
+            elif leaf.path in arrays:
+                np.save(file, arrays[leaf.path], allow_pickle=False)
+            else:
+                raise ValueError(
+                    f"{owner}: an `.eqx` file has no names, so `names` cannot be used."
+                )
+
+        with path.open("wb") as file:
+            eqx.tree_serialise_leaves(file, tree, filter_spec=put)
+
+
+# The library that each needs.
+_FORMATS: dict[str, tuple[Format, str | None]] = {
+    "msgpack": (_Msgpack(), "flax"),
+    "orbax": (_Orbax(), "orbax"),
+    "safetensors": (_Safetensors(), "safetensors"),
+    "npz": (_Npz(), None),
+    "eqx": (_Eqx(), "equinox"),
+}
+
+
+def find_format(path: pathlib.Path, name: str | None, owner: str) -> Format:
+    """The format of that name, or that the suffix of the path says.
+
+    Raises:
+        ImportError: If its library is not installed.
+        ValueError: If there is none.
+    """
+    if name is None:
+        suffix = path.name.removesuffix(".previous").rpartition(".")[2]
+        name = (
+            suffix if suffix in _FORMATS or not ("." not in path.name or path.is_dir()) else "orbax"
+        )
+    if name not in _FORMATS:
+        raise ValueError(
+            f"{owner}: there is no format {name!r} for {path}. There are {', '.join(_FORMATS)}; pass `format=`."
+        )
+    chosen, library = _FORMATS[name]
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise ImportError(
+            f"{owner}: `.{name}` needs {library!r}, which is not installed. Install it with `pip install "
+            f"{'orbax-checkpoint' if library == 'orbax' else library}`."
+        )
+    return chosen
+
+
+def _read_header(file: Any, available: int, name: str, owner: str) -> tuple[Entry, int]:
+    """The shape and dtype of an array in NumPy's format, and how many bytes of it follow.
+
+    Raises:
+        ValueError: If it is no array of numbers, or says that it is longer than the file.
+    """
+    version = np.lib.format.read_magic(file)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(
+            f"{owner}: {name} is of version {version} of NumPy's format; expected 1 or 2."
+        )
+    shape, _, dtype = readers[version](file)
+    numbers = dtype.kind in "biufc" or dtype == "V2"
+    length = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if not numbers or min(shape, default=0) < 0 or length > available:
+        raise ValueError(
+            f"{owner}: the file says of {name} that it is {dtype} of shape {shape}, which is no array of numbers in "
+            f"the {available} bytes that there are. None of the weights has been changed."
+        )
+    return Entry(tuple(shape), "bfloat16" if dtype == "V2" else dtype.name), length
+
+
+def _join_chunks(tree: Any) -> Any:
+    """Flax writes an array of more than 2**30 bytes in parts."""
+    if not isinstance(tree, dict):
+        return tree
+    if "__msgpack_chunked_array__" in tree:
+        chunks, shape = (list(tree[name].values()) for name in ("chunks", "shape"))
+        return np.concatenate(chunks).reshape(shape)
+    return {name: _join_chunks(part) for name, part in tree.items()}
+
+
+def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    from flax.traverse_util import unflatten_dict
+
+    return unflatten_dict(arrays, sep="/")
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
