@@ -40,7 +40,7 @@ def tests(session):
     """Run the tests, once on each backend; arguments after `--` go to pytest."""
     requirements, backends = TESTED[session.python]
     session.install("--quiet", "--editable", ".", *requirements, *requirements_of("test"))
-    passed = {backend: pytest_passes(session, backend) for backend in backends}
+    passed = {backend: pytest_passes(session, backend, backends) for backend in backends}
     summary = "\n".join(
         f"  {name:<12}{'passed' if ok else 'FAILED'}" for name, ok in passed.items()
     )
@@ -50,12 +50,12 @@ def tests(session):
         session.error(f"the tests failed on: {failed}")
 
 
-def pytest_passes(session, backend):
+def pytest_passes(session, backend, backends):
     """Runs the tests on one backend; a failure does not end the session, so that the others run too."""
+    # What one backend has written, the others read.
+    env = {**ON_CPU, "KERAS_BACKEND": backend, "JAXWRAP_BACKENDS": ",".join(backends)}
     try:
-        session.run(
-            "pytest", "-n", "auto", *session.posargs, env={**ON_CPU, "KERAS_BACKEND": backend}
-        )
+        session.run("pytest", "-n", "auto", *session.posargs, env=env)
     except nox.command.CommandFailed:
         return False
     return True

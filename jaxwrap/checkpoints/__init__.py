@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+import jax
 import keras
 import numpy as np
 
@@ -129,7 +130,10 @@ def load(
     if dry_run:
         print(plan)  # noqa: T201 (what a dry run is for)
     for target in list(values):
-        assign(variables[target], values.pop(target).astype(variables[target].dtype, copy=False))
+        variable = variables[target]
+        assign(variable, values.pop(target).astype(variable.dtype, copy=False))
+        # JAX copies while we go on, and would keep all arrays alive.
+        jax.block_until_ready(variable.value)
     return plan
 
 
