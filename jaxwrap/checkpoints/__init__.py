@@ -6,14 +6,12 @@ import os
 import pathlib
 
 import jax
-import keras
-import numpy as np
 
 from jaxwrap._variables import assign, to_host
 from jaxwrap._weights import WeightedLayer
 from jaxwrap.checkpoints._atomic import existing, replacing
-from jaxwrap.checkpoints._formats import OpenFile, find_format
-from jaxwrap.checkpoints._plan import Names, Plan, Row, make_plan, rename
+from jaxwrap.checkpoints._formats import find_format
+from jaxwrap.checkpoints._plan import Names, Plan, make_plan, rename
 
 __all__ = ["Plan", "load", "save"]
 
@@ -75,8 +73,8 @@ def load(
 ) -> Plan:
     r"""Reads a checkpoint of a JAX library into the weights of a layer: all of them, or none.
 
-    Numbers are cast to the dtype of the weight if they are of its kind, or of one that it holds. At no time is there
-    more than one copy of the file's values beside the weights themselves.
+    Numbers are cast to the dtype of the weight if they are of its kind, or of one that it holds. Of `.npz`,
+    `.safetensors` and `.eqx` files one array at a time is in memory beside the weights; of the others, all are, once.
 
     Args:
         layer: A layer of jaxwrap that has been built.
@@ -112,13 +110,19 @@ def load(
     try:
         with chosen.open(path, layer._checkpoint_tree(), owner) as file:
             plan = make_plan(file.entries, rename(list(file.entries), names, owner), variables)
-            values: dict[str, np.ndarray] = {}
-            if not dry_run:
-                plan.check(owner, path)
-                # All are read before one is assigned: a damaged file may say so late.
-                for row in plan:
-                    if row.target in variables:
-                        values[row.target] = _read(file, row, variables[row.target])
+            if dry_run:
+                print(plan)  # noqa: T201 (what a dry run is for)
+                return plan
+            plan.check(owner, path)
+            rows = [(row.name, variables[row.target]) for row in plan if row.target in variables]
+            if not file.at_once:
+                # A damaged file may say so late. Reading all of it twice takes less memory than keeping it.
+                for name, _ in rows:
+                    file.read(name)
+            for name, variable in rows:
+                assign(variable, file.read(name).astype(variable.dtype, copy=False))
+                # JAX copies while we go on, and would keep all arrays alive.
+                jax.block_until_ready(variable.value)
     except (ValueError, TypeError):
         raise
     except Exception as error:
@@ -127,23 +131,7 @@ def load(
             f"{owner}: {path} cannot be read. None of the weights has been changed. It may be damaged, or of another "
             f"format; `format=` says which. {type(error).__name__}: {error}"
         ) from error
-    if dry_run:
-        print(plan)  # noqa: T201 (what a dry run is for)
-    for target in list(values):
-        variable = variables[target]
-        assign(variable, values.pop(target).astype(variable.dtype, copy=False))
-        # JAX copies while we go on, and would keep all arrays alive.
-        jax.block_until_ready(variable.value)
     return plan
-
-
-def _read(file: OpenFile, row: Row, variable: keras.Variable) -> np.ndarray:
-    value = file.read(row.name)
-    if value.shape != tuple(variable.shape):
-        raise ValueError(
-            f"{row.name} is of shape {value.shape}; the file has said {tuple(variable.shape)}."
-        )
-    return value
 
 
 def _check(layer: WeightedLayer, function: str) -> str:

@@ -25,10 +25,12 @@ class OpenFile(NamedTuple):
     Attributes:
         entries: What it holds, by name.
         read: Reads one array.
+        at_once: Whether all arrays are read before the first is returned; each can then be taken once.
     """
 
     entries: dict[str, Entry]
     read: Callable[[str], np.ndarray]
+    at_once: bool = False
 
 
 class Format(Protocol):
@@ -138,6 +140,10 @@ class _Safetensors:
         )
 
 
+# The codes of arrays, and of arrays of rank 0, in Flax's files.
+_MSGPACK_ARRAYS = (1, 3)
+
+
 class _Msgpack:
     """Flax's own: nested dicts. Names and shapes are known once it is read, array by array."""
 
@@ -147,17 +153,20 @@ class _Msgpack:
         from flax.serialization import msgpack_restore
 
         def restore(code: int, data: bytes) -> Any:
-            packed: Any = msgpack.packb(msgpack.ExtType(code, data))
-            return msgpack_restore(packed)
+            if code not in _MSGPACK_ARRAYS:
+                packed: Any = msgpack.packb(msgpack.ExtType(code, data))
+                return msgpack_restore(packed)
+            shape, dtype, buffer = msgpack.unpackb(data, raw=False)
+            return np.frombuffer(buffer, _number_dtype(dtype)).reshape(shape)
 
-        # Flax itself would hold the bytes of the whole file beside the arrays.
+        # Flax itself would hold the bytes of the whole file beside the arrays, and copies of each.
         size = path.stat().st_size
         with path.open("rb") as file:
             unpacker = msgpack.Unpacker(file, ext_hook=restore, max_buffer_size=size + 1)
             restored = unpacker.unpack()
         arrays = {name: np.asarray(leaf) for name, leaf in _flat(_join_chunks(restored)).items()}
         entries = {name: Entry(array.shape, array.dtype.name) for name, array in arrays.items()}
-        yield OpenFile(entries, arrays.pop)
+        yield OpenFile(entries, arrays.pop, at_once=True)
 
     def write(
         self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
@@ -187,7 +196,7 @@ class _Orbax:
                     arrays.update(_flat(checkpointer.restore(path.absolute())))
                 return np.asarray(arrays.pop(name))
 
-            yield OpenFile(entries, read)
+            yield OpenFile(entries, read, at_once=True)
 
     def write(
         self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
@@ -312,6 +321,13 @@ def _read_header(file: Any, available: int, name: str, owner: str) -> tuple[Entr
             f"the {available} bytes that there are. None of the weights has been changed."
         )
     return Entry(tuple(shape), "bfloat16" if dtype == "V2" else dtype.name), length
+
+
+def _number_dtype(name: str) -> np.dtype:
+    dtype = jnp.dtype(name)
+    if dtype.hasobject:
+        raise ValueError(f"{name!r} is no dtype of numbers")
+    return dtype
 
 
 def _join_chunks(tree: Any) -> Any:
