@@ -55,7 +55,7 @@ def pytest_passes(session, backend, backends):
     # What one backend has written, the others read.
     env = {**ON_CPU, "KERAS_BACKEND": backend, "JAXWRAP_BACKENDS": ",".join(backends)}
     try:
-        session.run("pytest", "-n", "auto", *session.posargs, env=env)
+        session.run("pytest", "-n", "auto", "--dist", "loadgroup", *session.posargs, env=env)
     except nox.command.CommandFailed:
         return False
     return True

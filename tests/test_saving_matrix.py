@@ -75,6 +75,7 @@ def assert_as_written(model, arrays):
     )
 
 
+@pytest.mark.xdist_group("written")  # one process writes for all
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("source", BACKENDS)
 def test_what_one_backend_wrote_another_reads(source, way, folders, backend):
