@@ -8,9 +8,9 @@ from jaxwrap import checkpoints as checkpoints
 from jaxwrap._export import export_saved_model
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import JaxLayer
-from jaxwrap._names import register_serializable
 from jaxwrap._pure import CallResult
 from jaxwrap._rules import Rule
+from jaxwrap._serialization import register_serializable
 from jaxwrap.adapters import (
     EquinoxLayer,
     FlaxLayer,

@@ -112,12 +112,20 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
     return checksum
 
 
+# What HDF5 has no dtype for is written as its bits. Keras would write a bfloat16 with a string as attribute, and a
+# damaged string crashes the HDF5 library.
+_BITS = {1: "uint8", 2: "uint16"}
+
+
 def _to_file(variable: keras.Variable) -> np.ndarray:
     value = to_host(variable)
-    # HDF5 has no floats of 8 bits.
-    return value.view("uint8") if variable.dtype.startswith("float8") else value
+    return value.view(_BITS[value.itemsize]) if _is_bits(variable.dtype) else value
 
 
 def _from_file(value: np.ndarray, dtype: str) -> np.ndarray:
-    bits = value.dtype == np.uint8 and dtype.startswith("float8")
-    return value.view(jnp.dtype(dtype)) if bits else value
+    as_bits = _is_bits(dtype) and value.dtype == _BITS[jnp.dtype(dtype).itemsize]
+    return value.view(jnp.dtype(dtype)) if as_bits else value
+
+
+def _is_bits(dtype: str) -> bool:
+    return dtype == "bfloat16" or dtype.startswith("float8")

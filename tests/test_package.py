@@ -21,7 +21,6 @@ LAYERS = [
     ["_arguments"],
     ["_specs", "_rules"],
     ["_serialization"],
-    ["_names"],
     ["_bridge", "_pytree", "_signature", "_rng", "_tables"],
     ["_typing"],
 ]

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 import jaxwrap
 from jaxwrap import EquinoxLayer, FlaxLayer, HaikuLayer, JaxLayer, NNXLayer, Rule
-from jaxwrap._names import _FACTORIES, _LIBRARY_NAMES, _NAMES, find, name_of
 from jaxwrap._serialization import deserialize, serialize
+from jaxwrap._serialization._names import _FACTORIES, _LIBRARY_NAMES, _NAMES, find, name_of
 
 register = jaxwrap.register_serializable("tests_serialization")
 

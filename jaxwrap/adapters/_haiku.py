@@ -8,8 +8,7 @@ from typing import Any
 
 import keras
 
-from jaxwrap._names import name_of
-from jaxwrap._serialization import serialize
+from jaxwrap._serialization import name_of, serialize
 from jaxwrap._signature import AUTO
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._module import ModuleLayer, require
