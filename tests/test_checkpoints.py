@@ -484,7 +484,7 @@ from jaxwrap import checkpoints
 def call(params, inputs):
     return inputs
 
-count, rows = 16, int(sys.argv[3]) * 2**20 // 16 // 4 // 1024
+count, rows = 32, int(sys.argv[3]) * 2**20 // 32 // 4 // 1024
 layer = jaxwrap.JaxLayer(call, params={f"w{i}": np.zeros((rows, 1024), "float32") for i in range(count)})
 path = pathlib.Path(sys.argv[1])
 if sys.argv[2] == "save":
@@ -507,14 +507,17 @@ else:
 
 def run(*arguments):
     command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # glibc is to give back what has been freed: arrays that are gone do not count.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
 
 
 @pytest.mark.only("jax")
 @pytest.mark.parametrize("kind", ["msgpack", "orbax", "safetensors", "npz", "eqx"])
-def test_a_checkpoint_takes_its_size_once_beside_the_weights(kind, tmp_path):
-    megabytes = 192
+def test_a_checkpoint_is_loaded_in_parts(kind, tmp_path):
+    megabytes = 384
     path = tmp_path / f"w.{kind}"
     run(path, "save", megabytes)
     grown = float(run(path, "load", megabytes))
-    assert grown < 1.4 * megabytes
+    # Beside the weights, which the layer has already.
+    assert grown < 0.5 * megabytes

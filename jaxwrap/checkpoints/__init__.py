@@ -73,8 +73,8 @@ def load(
 ) -> Plan:
     r"""Reads a checkpoint of a JAX library into the weights of a layer: all of them, or none.
 
-    Numbers are cast to the dtype of the weight if they are of its kind, or of one that it holds. Of `.npz`,
-    `.safetensors` and `.eqx` files one array at a time is in memory beside the weights; of the others, all are, once.
+    Numbers are cast to the dtype of the weight if they are of its kind, or of one that it holds. Beside the weights,
+    memory holds one array of the file at a time; of an Orbax checkpoint, up to 16 MB of them.
 
     Args:
         layer: A layer of jaxwrap that has been built.
@@ -114,13 +114,13 @@ def load(
                 print(plan)  # noqa: T201 (what a dry run is for)
                 return plan
             plan.check(owner, path)
-            rows = [(row.name, variables[row.target]) for row in plan if row.target in variables]
-            if not file.at_once:
-                # A damaged file may say so late. Reading all of it twice takes less memory than keeping it.
-                for name, _ in rows:
-                    file.read(name)
-            for name, variable in rows:
-                assign(variable, file.read(name).astype(variable.dtype, copy=False))
+            targets = {row.name: variables[row.target] for row in plan if row.target in variables}
+            # A damaged file may say so late. Reading all of it twice takes less memory than keeping it.
+            for _ in file.read(targets):
+                pass
+            for name, array in file.read(targets):
+                variable = targets[name]
+                assign(variable, array.astype(variable.dtype, copy=False))
                 # JAX copies while we go on, and would keep all arrays alive.
                 jax.block_until_ready(variable.value)
     except (ValueError, TypeError):

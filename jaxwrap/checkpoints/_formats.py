@@ -6,14 +6,14 @@ import contextlib
 import importlib.util
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwrap._pytree import path_str
+from jaxwrap._pytree import KeyPath, path_str
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import LeafPath
 from jaxwrap.checkpoints._plan import Entry
@@ -24,13 +24,11 @@ class OpenFile(NamedTuple):
 
     Attributes:
         entries: What it holds, by name.
-        read: Reads one array.
-        at_once: Whether all arrays are read before the first is returned; each can then be taken once.
+        read: Reads arrays of these names, a few at a time, in an order of its own.
     """
 
     entries: dict[str, Entry]
-    read: Callable[[str], np.ndarray]
-    at_once: bool = False
+    read: Callable[[Collection[str]], Iterator[tuple[str, np.ndarray]]]
 
 
 class Format(Protocol):
@@ -69,9 +67,10 @@ class _Npz:
                     entry, _ = _read_header(member, info.file_size, info.filename, owner)
                 entries[info.filename.removesuffix(".npy")] = entry
 
-            def read(name: str) -> np.ndarray:
-                with archive.open(f"{name}.npy") as member:
-                    return np.lib.format.read_array(member, allow_pickle=False)
+            def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+                for name in names:
+                    with archive.open(f"{name}.npy") as member:
+                        yield name, np.lib.format.read_array(member, allow_pickle=False)
 
             yield OpenFile(entries, read)
 
@@ -113,10 +112,11 @@ class _Safetensors:
                     tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)
                 )
 
-        def read(name: str) -> np.ndarray:
-            # Opened anew for each array: what has been read of an open file stays in memory.
-            with safe_open(path, framework="np") as file:
-                return np.asarray(file.get_tensor(name))
+        def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+            for name in names:
+                # Opened anew for each array: what has been read of an open file stays in memory.
+                with safe_open(path, framework="np") as file:
+                    yield name, np.asarray(file.get_tensor(name))
 
         yield OpenFile(entries, read)
 
@@ -140,33 +140,20 @@ class _Safetensors:
         )
 
 
-# The codes of arrays, and of arrays of rank 0, in Flax's files.
-_MSGPACK_ARRAYS = (1, 3)
-
-
 class _Msgpack:
-    """Flax's own: nested dicts. Names and shapes are known once it is read, array by array."""
+    """Flax's own: nested dicts."""
 
     @contextlib.contextmanager
     def open(self, path: pathlib.Path, tree: PyTree, owner: str) -> Iterator[OpenFile]:
-        import msgpack
-        from flax.serialization import msgpack_restore
+        entries = {
+            name: Entry(array.shape, array.dtype.name) for name, array in _msgpack_arrays(path)
+        }
 
-        def restore(code: int, data: bytes) -> Any:
-            if code not in _MSGPACK_ARRAYS:
-                packed: Any = msgpack.packb(msgpack.ExtType(code, data))
-                return msgpack_restore(packed)
-            shape, dtype, buffer = msgpack.unpackb(data, raw=False)
-            return np.frombuffer(buffer, _number_dtype(dtype)).reshape(shape)
+        def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+            wanted = set(names)
+            return ((name, array) for name, array in _msgpack_arrays(path) if name in wanted)
 
-        # Flax itself would hold the bytes of the whole file beside the arrays, and copies of each.
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            unpacker = msgpack.Unpacker(file, ext_hook=restore, max_buffer_size=size + 1)
-            restored = unpacker.unpack()
-        arrays = {name: np.asarray(leaf) for name, leaf in _flat(_join_chunks(restored)).items()}
-        entries = {name: Entry(array.shape, array.dtype.name) for name, array in arrays.items()}
-        yield OpenFile(entries, arrays.pop, at_once=True)
+        yield OpenFile(entries, read)
 
     def write(
         self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
@@ -176,27 +163,44 @@ class _Msgpack:
         path.write_bytes(msgpack_serialize(_nested(arrays)))
 
 
+# How much of an Orbax checkpoint is read at once. Array by array, thousands of small ones would take long.
+_ORBAX_BYTES = 2**24
+
+
 class _Orbax:
     """Nested dicts, in a directory."""
 
     @contextlib.contextmanager
     def open(self, path: pathlib.Path, tree: PyTree, owner: str) -> Iterator[OpenFile]:
-        from orbax.checkpoint import StandardCheckpointer
+        from orbax import checkpoint as ocp
 
-        with StandardCheckpointer() as checkpointer:
-            metadata = _flat(checkpointer.metadata(path.absolute()).item_metadata.tree)
+        # Orbax takes absolute paths only. Its standard checkpointer reads everything or nothing.
+        path = path.absolute()
+        with (
+            ocp.StandardCheckpointer() as standard,
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        ):
+            metadata = standard.metadata(path).item_metadata.tree
             entries = {
                 name: Entry(tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
-                for name, leaf in metadata.items()
+                for name, leaf in _flat(metadata).items()
             }
-            arrays: dict[str, Any] = {}
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
 
-            def read(name: str) -> np.ndarray:
-                if not arrays:
-                    arrays.update(_flat(checkpointer.restore(path.absolute())))
-                return np.asarray(arrays.pop(name))
+            def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+                for batch in _batches({name: entries[name] for name in names}, _ORBAX_BYTES):
+                    item = jax.tree_util.tree_map_with_path(
+                        lambda where, leaf, batch=batch: (
+                            leaf if path_str(where) in batch else ocp.PLACEHOLDER
+                        ),
+                        metadata,
+                    )
+                    arguments = ocp.args.PyTreeRestore(item=item, restore_args=kinds)
+                    restored = _flat(checkpointer.restore(path, args=arguments))
+                    for name in batch:
+                        yield name, restored.pop(name)
 
-            yield OpenFile(entries, read, at_once=True)
+            yield OpenFile(entries, read)
 
     def write(
         self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree, owner: str
@@ -235,11 +239,12 @@ class _Eqx:
             if file.tell() != size:
                 raise ValueError(f"{owner}: the file {path} holds more than the layer has leaves.")
 
-            def read(name: str) -> np.ndarray:
-                file.seek(places[name])
-                array = np.load(file, allow_pickle=False)
-                # NumPy does not know the name of what it writes for bfloat16.
-                return array.view(jnp.bfloat16) if array.dtype == "V2" else array
+            def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+                for name in names:
+                    file.seek(places[name])
+                    array = np.load(file, allow_pickle=False)
+                    # NumPy does not know the name of what it writes for bfloat16.
+                    yield name, array.view(jnp.bfloat16) if array.dtype == "V2" else array
 
             yield OpenFile(entries, read)
 
@@ -323,21 +328,84 @@ def _read_header(file: Any, available: int, name: str, owner: str) -> tuple[Entr
     return Entry(tuple(shape), "bfloat16" if dtype == "V2" else dtype.name), length
 
 
-def _number_dtype(name: str) -> np.dtype:
-    dtype = jnp.dtype(name)
-    if dtype.hasobject:
-        raise ValueError(f"{name!r} is no dtype of numbers")
-    return dtype
+# The codes of arrays, and of arrays of rank 0, in Flax's files.
+_MSGPACK_ARRAYS = (1, 3)
+# What Flax calls an array of more than 2**30 bytes, which it writes in parts.
+_MSGPACK_CHUNKED = "__msgpack_chunked_array__"
 
 
-def _join_chunks(tree: Any) -> Any:
-    """Flax writes an array of more than 2**30 bytes in parts."""
-    if not isinstance(tree, dict):
-        return tree
-    if "__msgpack_chunked_array__" in tree:
-        chunks, shape = (list(tree[name].values()) for name in ("chunks", "shape"))
-        return np.concatenate(chunks).reshape(shape)
-    return {name: _join_chunks(part) for name, part in tree.items()}
+def _msgpack_arrays(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a file, one after the other.
+
+    Flax itself holds the whole file, and copies of each array, in memory.
+
+    Raises:
+        ValueError: If the file is no msgpack, or goes on after its end.
+    """
+    import msgpack
+    from flax.serialization import msgpack_restore
+
+    def restore(code: int, data: bytes) -> Any:
+        if code not in _MSGPACK_ARRAYS:
+            packed: Any = msgpack.packb(msgpack.ExtType(code, data))
+            return msgpack_restore(packed)
+        shape, name, buffer = msgpack.unpackb(data, raw=False)
+        dtype = jnp.dtype(name)
+        if dtype.hasobject:
+            raise ValueError(f"{name!r} is no dtype of numbers")
+        return np.frombuffer(buffer, dtype).reshape(shape)
+
+    size = path.stat().st_size
+    with path.open("rb") as file, path.open("rb") as ahead:
+        unpacker = msgpack.Unpacker(file, ext_hook=restore, max_buffer_size=size + 1)
+
+        def walk(prefix: KeyPath) -> Iterator[tuple[str, np.ndarray]]:
+            ahead.seek(unpacker.tell())
+            first = ahead.read(1)
+            if not (b"\x80" <= first <= b"\x8f" or first in (b"\xde", b"\xdf")):  # no dict
+                leaf = unpacker.unpack()
+                for path, part in jax.tree_util.tree_leaves_with_path(leaf):
+                    yield path_str((*prefix, *path)), np.asarray(part)
+                return
+            for _ in range(unpacker.read_map_header()):
+                key = unpacker.unpack()
+                if key == _MSGPACK_CHUNKED:
+                    unpacker.skip()
+                    yield path_str(prefix), chunked()
+                    return
+                yield from walk((*prefix, jax.tree_util.DictKey(key)))
+
+        def chunked() -> np.ndarray:
+            shape, array, filled = [], np.empty(0), 0
+            for _ in range(2):
+                for name, part in walk((jax.tree_util.DictKey(unpacker.unpack()),)):
+                    if name.startswith("shape/"):
+                        shape.append(int(part))
+                        continue
+                    if not filled:
+                        array = np.empty(np.prod(shape, dtype=object), part.dtype)
+                    array[filled : filled + part.size] = part
+                    filled += part.size
+            return array[:filled].reshape(shape)
+
+        yield from walk(())
+        if unpacker.tell() != size:
+            raise ValueError(f"it ends after {unpacker.tell()} of its {size} bytes")
+
+
+def _batches(entries: Mapping[str, Entry], most: int) -> Iterator[list[str]]:
+    """The names in lists of no more bytes than `most`, or of one."""
+    batch: list[str] = []
+    room = most
+    for name, entry in entries.items():
+        size = int(np.prod(entry.shape, dtype=object)) * jnp.dtype(entry.dtype).itemsize
+        if batch and size > room:
+            yield batch
+            batch, room = [], most
+        batch.append(name)
+        room -= size
+    if batch:
+        yield batch
 
 
 def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
