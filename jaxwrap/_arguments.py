@@ -48,6 +48,10 @@ class Arguments:
                 f"{', '.join(map(str, kept))}."
             ) from error
         self.names = tuple(parameter.name for parameter in kept)
+        parameters = self.signature.parameters.values()
+        self._known = {parameter.name for parameter in parameters}
+        self._required = {p.name for p in parameters if p.default is p.empty}
+        self._by_position = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, PyTree], bool]:
         """The arguments that were given, by name, and the train flag.
@@ -58,7 +62,12 @@ class Arguments:
             TypeError: If one is missing or unknown.
         """
         kwargs = self.rename(args, kwargs)
-        given = dict(self.signature.bind(*args, **kwargs).arguments)
+        given = dict(zip(self._by_position, args, strict=False))
+        given.update(kwargs)
+        # The signature says what is wrong, but takes its time.
+        whole = len(given) == len(args) + len(kwargs) and self._required <= given.keys()
+        if not whole or not self._known >= given.keys():
+            given = dict(self.signature.bind(*args, **kwargs).arguments)
         training = given.pop("training", False)
         return given, bool(training)
 

@@ -12,6 +12,9 @@ from jaxwrap._bridge import Bridge, BridgedFunction, get_bridge
 from jaxwrap._pytree import Structure, is_array, partition, path_str
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static
 
+# Those of the arguments of a `PytreeFunction`.
+_ROLES = (Role.INPUT, Role.CONSTANT, Role.STATE)
+
 
 def wrap_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a pure JAX function callable on the tensors of the current Keras backend.
@@ -60,7 +63,7 @@ def wrap_function(fn: Callable[..., Any]) -> Callable[..., Any]:
 class PytreeFunction:
     """A JAX function of three pytrees, differentiable in the first, as a function of pytrees of tensors.
 
-    This is what `wrap_function` and the layers stand on. The pytrees are one for each `Role`.
+    This is what `wrap_function` stands on.
 
     Args:
         fn: Takes `(differentiable, constant, state)` and returns `(outputs, aux)`, pytrees all. No gradient flows
@@ -97,7 +100,7 @@ class PytreeFunction:
         if bridged is None:
             _check_static(structures[0], self._name)
             roles = tuple(
-                role for (tensors, _), role in zip(parts, Role, strict=True) for _ in tensors
+                role for (tensors, _), role in zip(parts, _ROLES, strict=True) for _ in tensors
             )
             flat = _flatten(self._fn, structures)
             bridged = self._bridged[structures] = self._bridge.wrap(flat, roles, self._platforms)

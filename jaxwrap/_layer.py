@@ -18,16 +18,17 @@ from jax.core import Tracer
 from jaxwrap._arguments import Arguments, placeholders
 from jaxwrap._bridge import get_bridge
 from jaxwrap._bridge._base import check_dtype
-from jaxwrap._function import PytreeFunction
+from jaxwrap._call import Calls
 from jaxwrap._metrics import RunningMean
-from jaxwrap._pure import PureFunctions, call_and_tell
-from jaxwrap._pytree import describe_difference, is_array, partition, path_str
-from jaxwrap._rng import Update, check_impl, draw, init_seed, to_key
+from jaxwrap._pure import PureFunctions
+from jaxwrap._pytree import Structure, describe_difference, is_array, partition, path_str
+from jaxwrap._rng import Generator, check_impl, drawing, init_seed, to_key
 from jaxwrap._rules import Rule
 from jaxwrap._serialization import check_size, deserialize, serialize, serialize_callable
 from jaxwrap._signature import AUTO, check_types
 from jaxwrap._specs import Spec, abstract_call
 from jaxwrap._typing import PyTree
+from jaxwrap._variables import current_values
 from jaxwrap._weights import Stored, WeightedLayer
 
 
@@ -172,10 +173,12 @@ class JaxLayer(WeightedLayer):
             self._make_generator(self._base_seed, "seed_generator") if pure.has_rng else None
         )
         self._opaque_call = get_bridge().opaque(self._checked_call)
-        self._function = PytreeFunction(self._call_flat, self._owner, self._platforms)
         self._keep("_specs", None)
         self._keep("_from_file", False)
+        self._calls: Calls | None
+        self._keep("_calls", None)
         self._keep("_nests", set())
+        self._keep("_checked", set())
         self._keep("_abstract", {})
         self._keep("_means", {})
         self._last_call: Any
@@ -199,18 +202,19 @@ class JaxLayer(WeightedLayer):
         return self._get_init_seed()
 
     def _get_call_seed(self) -> Any:
-        """A new seed for one call: an integer tensor of shape (2,)."""
+        """A new seed for one call: an integer array of shape (2,)."""
         assert self.seed_generator is not None, "`call_fn` takes no `rng`"
         return self.seed_generator.next()
 
     def _get_call_rng(self, training: bool) -> PyTree:
         """What `call_fn` gets as `rng`: a pytree of seeds from `_get_call_seed`, which become keys.
 
-        Seeds drawn in inference count as drawn only if the outputs or the new state depend on them.
+        It is called while JAX traces `call_fn`, and draws from what the generators hold when the layer is called. Seeds
+        drawn in inference count as drawn only if the outputs or the new state depend on them.
         """
         return self._get_call_seed() if training else None
 
-    def _generators(self) -> dict[str, keras.random.SeedGenerator]:
+    def _generators(self) -> dict[str, Generator]:
         """The generators that `_get_call_rng` draws from, by the names under which their seeds are saved."""
         return {} if self.seed_generator is None else {"seed": self.seed_generator}
 
@@ -226,10 +230,14 @@ class JaxLayer(WeightedLayer):
     def _checked_call(self, *args: Any, **kwargs: Any) -> PyTree:
         # Keras hands `build` shapes only, and its own errors come after it has changed things.
         kwargs = self._pure.arguments.rename(args, kwargs)
-        given, _ = self._pure.arguments.bind(args, kwargs)
-        specs = self._read_specs(given)
-        if not self.built:
-            self._keep("_specs", self._seen_by_init(specs))
+        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+        kinds = (treedef, *map(_kind, leaves))
+        if kinds not in self._checked or not self.built:
+            given, _ = self._pure.arguments.bind(args, kwargs)
+            specs = self._read_specs(given)
+            if not self.built:
+                self._keep("_specs", self._seen_by_init(specs))
+            self._checked.add(kinds)
         return super().__call__(*args, **kwargs)
 
     def build(self, input_shape: Any) -> None:
@@ -327,9 +335,9 @@ class JaxLayer(WeightedLayer):
             )
         return self._means[name]
 
-    def _make_generator(self, seed: int, name: str) -> keras.random.SeedGenerator:
+    def _make_generator(self, seed: int, name: str) -> Generator:
         with keras.name_scope(self.name, caller=self):
-            return keras.random.SeedGenerator(seed, name=name)
+            return Generator(seed, name=name)
 
     # Calling.
 
@@ -347,35 +355,28 @@ class JaxLayer(WeightedLayer):
             ValueError: If the new state differs from the old in structure or shapes. No state is assigned then.
         """
         given, training = self._pure.arguments.bind(args, kwargs)
-        self._check_nest(given, training)
-        params, state = (leaves.variables for leaves in self._leaves)
-        trained = [variable.trainable for variable in params]
-        rng, draws = self._draw(training)
-        outputs, aux = self._function(
-            {
-                "params": [variable.value for variable in params if variable.trainable],
-                "arguments": given,
-            },
-            {
-                "frozen": [variable.value for variable in params if not variable.trainable],
-                "rng": rng,
-                "training": training,
-                "trained": bytes(trained),
-            },
-            [variable.value for variable in state],
+        fed, structure = partition(given, get_bridge().is_tensor)
+        if structure not in self._nests:
+            self._check_nest(given, structure, training)
+        if self._calls is None:
+            self._keep("_calls", self._make_calls())
+        params, state = self._leaves
+        generators = self._generators().values()
+        held = [*params.variables, *state.variables, *(g.state for g in generators)]
+        outputs, loss, aux, told = self._calls(
+            [*current_values(held), *fed], structure, training
         )
         if training or self.update_state_in_inference:
-            for variable, value in zip(state, aux["state"], strict=True):
-                variable.assign(value)
-        if aux["drew"]:
-            for variable, value in draws:
-                variable.assign(value)
-        if outputs["loss"] is not None:
-            self.add_loss(outputs["loss"])
-        for name, value in aux["metrics"].items():
+            for index, value in zip(told.changed, aux, strict=False):
+                state.variables[index].assign(value)
+        for generator, count in zip(generators, told.draws, strict=True):
+            generator.advance(count)
+        if loss is not None:
+            self.add_loss(loss)
+        for name, value in zip(told.metrics, aux[len(told.changed) :], strict=True):
             self._mean(name).update(value)
-        self._note_shapes(outputs["outputs"])
-        return outputs["outputs"]
+        self._note_shapes(outputs)
+        return outputs
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> PyTree:
         """The shapes and dtypes of the outputs, by `jax.eval_shape`: on no backend does user code run on data.
@@ -422,7 +423,6 @@ class JaxLayer(WeightedLayer):
         arrays, structure = partition(specs, lambda leaf: isinstance(leaf, Spec))
         key = (tuple(arrays), structure, training, self._leaves is None)
         if key not in self._abstract:
-            rng, _ = self._draw(training)
             weights = [leaves.structs() for leaves in self._leaves or ()]
 
             def result_of(arguments: dict[str, PyTree], weights: list[list[Any]]) -> PyTree:
@@ -431,8 +431,9 @@ class JaxLayer(WeightedLayer):
                 else:
                     pairs = zip(self._leaves, weights, strict=True)
                     params, state = (leaves.decode(values) for leaves, values in pairs)
-                zeros = jnp.zeros(2, jnp.uint32)
-                keys = jax.tree_util.tree_map(lambda _: self._to_key(zeros), rng)
+                generators = list(self._generators().values())
+                with drawing(generators, [jnp.zeros(2, jnp.uint32) for _ in generators]):
+                    keys = self._draw_keys(training)
                 result = self._pure.call(params, state, keys, arguments, training)
                 return {"outputs": result.outputs, "metrics": result.metrics}
 
@@ -445,11 +446,10 @@ class JaxLayer(WeightedLayer):
             leaves = jax.tree_util.tree_leaves(outputs)
             self._last_call.output_shapes = [tuple(leaf.shape) for leaf in leaves]
 
-    def _check_nest(self, given: dict[str, PyTree], training: bool) -> None:
+    def _check_nest(
+        self, given: dict[str, PyTree], received: Structure, training: bool
+    ) -> None:
         """Tries arguments of another structure than the layer was built for, before anything is drawn or assigned."""
-        _, received = partition(given, get_bridge().is_tensor)
-        if received in self._nests:
-            return
         _, built = partition(self._specs, lambda leaf: isinstance(leaf, Spec))
         if received != built:
             try:
@@ -462,52 +462,21 @@ class JaxLayer(WeightedLayer):
                 ) from error
         self._nests.add(received)
 
-    def _draw(self, training: bool) -> tuple[PyTree, list[Update]]:
-        """Draws the seeds of one call, and returns them with the updates to assign once the call has succeeded."""
-        generators = self._generators().values()
-        if not generators:
-            return None, []
-        return draw(list(generators), lambda: self._get_call_rng(training))
+    def _draw_keys(self, training: bool) -> PyTree:
+        """The keys of a call, made of the seeds that are drawn for it."""
+        if not self._generators():
+            return None
+        return jax.tree_util.tree_map(self._to_key, self._get_call_rng(training))
 
-    def _call_flat(
-        self, differentiable: PyTree, constant: PyTree, state: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        """`call_fn` on lists of arrays, as it is bridged to the backend."""
-        training, seeds = constant["training"], constant["rng"]
-
-        def call(seeds: PyTree, arrays: PyTree) -> PyTree:
-            params, frozen, arguments, state = arrays
-            trained, frozen = iter(params), iter(frozen)
-            result = self._pure.call(
-                self._leaves[0].decode(
-                    [next(trained if is_trained else frozen) for is_trained in constant["trained"]]
-                ),
-                self._leaves[1].decode(state),
-                jax.tree_util.tree_map(self._to_key, seeds),
-                structure.unflatten(arguments),
-                training,
-            )
-            return (
-                {"outputs": result.outputs, "loss": result.losses},
-                {
-                    "state": self._leaves[1].encode(result.state, self._state_problem()),
-                    "metrics": result.metrics,
-                },
-            )
-
-        arguments, structure = partition(differentiable["arguments"], is_array)
-        arrays = (differentiable["params"], constant["frozen"], arguments, state)
-        if training or not jax.tree_util.tree_leaves(seeds):
-            (outputs, aux), drew = call(seeds, arrays), True
-        else:
-            (outputs, aux), drew = call_and_tell(call, seeds, arrays)
-        return outputs, {**aux, "drew": drew}
-
-    def _state_problem(self) -> str:
-        """What an error about a new state begins with."""
-        return (
+    def _make_calls(self) -> Calls:
+        return Calls(
+            self._pure,
+            self._built_leaves(),
+            list(self._generators().values()),
+            self._draw_keys,
+            self._platforms,
             f"{self._owner}: the new state that `call_fn` returned differs from the state it was given. No state has "
-            "been changed. Return a state with the same paths and shapes."
+            "been changed. Return a state with the same paths and shapes.",
         )
 
     # Saving.
@@ -571,6 +540,11 @@ class JaxLayer(WeightedLayer):
             if name in config:
                 arguments[name] = deserialize(config[name], name, owner)
         return arguments
+
+
+def _kind(leaf: Any) -> Any:
+    """What it depends on whether an argument can be one."""
+    return type(leaf), getattr(leaf, "dtype", None), getattr(leaf, "ndim", None)
 
 
 def _read_stored(config: Any, owner: str) -> Stored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -46,11 +47,12 @@ class Structure:
         leaves: One entry per leaf: `ARRAY`, or the static leaf itself.
     """
 
-    __slots__ = ("_hash", "_key", "leaves", "treedef")
+    __slots__ = ("_arrays_only", "_hash", "_key", "leaves", "treedef")
 
     def __init__(self, treedef: Any, leaves: Sequence[Any]):
         self.treedef = treedef
         self.leaves = tuple(leaves)
+        self._arrays_only = all(leaf is ARRAY for leaf in self.leaves)
         self._key = tuple(_static_key(leaf) for leaf in self.leaves)
         self._hash = hash((treedef, self._key))
 
@@ -67,6 +69,8 @@ class Structure:
 
     def unflatten(self, arrays: Iterable[Any]) -> PyTree:
         """Rebuilds the pytree with `arrays`, in leaf order, where the arrays were."""
+        if self._arrays_only:
+            return self.treedef.unflatten(arrays)
         arrays = iter(arrays)
         return self.treedef.unflatten(
             [next(arrays) if leaf is ARRAY else leaf for leaf in self.leaves]
@@ -88,14 +92,15 @@ class Structure:
 def partition(tree: PyTree, is_array: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
     """Splits a pytree into its arrays, in leaf order, and the `Structure` that rebuilds it."""
     leaves, treedef = jax.tree_util.tree_flatten(tree)
-    arrays, kept = [], []
-    for leaf in leaves:
-        if is_array(leaf):
-            arrays.append(leaf)
-            kept.append(ARRAY)
-        else:
-            kept.append(leaf)
-    return arrays, Structure(treedef, kept)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    if len(arrays) == len(leaves):
+        return arrays, _of_arrays(treedef)
+    return arrays, Structure(treedef, [ARRAY if is_array(leaf) else leaf for leaf in leaves])
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_arrays(treedef: Any) -> Structure:
+    return Structure(treedef, [ARRAY] * treedef.num_leaves)
 
 
 def path_str(path: KeyPath) -> str:

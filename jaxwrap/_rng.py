@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 
-from jaxwrap._typing import Array, PyTree, Tensor
-
-Update = tuple[keras.Variable, Tensor]
+from jaxwrap._typing import Array, Tensor
 
 # Initial values are drawn from counters that calls do not reach.
 _INIT_COUNTER = 1 << 31
@@ -53,22 +53,43 @@ def init_seed(seed: int, count: int) -> np.ndarray:
     return np.array([seed % (1 << 32), _INIT_COUNTER + count], "uint32")
 
 
-def draw(
-    generators: Sequence[keras.random.SeedGenerator], make: Callable[[], PyTree]
-) -> tuple[PyTree, list[Update]]:
-    """Draws seeds without changing the generators.
+class Generator(keras.random.SeedGenerator):
+    """A Keras seed generator that can be drawn from while JAX traces: see `drawing`."""
 
-    Args:
-        generators: The generators that `make` may draw from.
-        make: Draws the seeds.
+    def next(self, ordered: bool = True) -> Tensor:
+        """A new seed, of shape (2,)."""
+        draws = getattr(_drawing, "draws", {})
+        if self not in draws:
+            return super().next(ordered)
+        state, count = draws[self]
+        draws[self] = state, count + 1
+        return state + jnp.array([0, count], state.dtype)
 
-    Returns:
-        What `make` returns, and the pairs of variable and value to assign once the seeds have served.
-    """
-    states = [generator.state for generator in generators]
-    with keras.StatelessScope(state_mapping=[(state, state.value) for state in states]) as scope:
-        before = [scope.get_current_value(state) for state in states]
-        seeds = make()
-        after = [scope.get_current_value(state) for state in states]
-    changes = zip(states, before, after, strict=True)
-    return seeds, [(state, new) for state, old, new in changes if new is not old]
+    def advance(self, count: int) -> None:
+        """Leaves the generator as that many draws do."""
+        if count:
+            step = keras.ops.convert_to_tensor(np.array([0, count]), self.state.dtype)
+            self.state.assign(keras.ops.add(self.state.value, step))
+
+
+_drawing = threading.local()
+
+
+class Draws(dict[Generator, tuple[Array, int]]):
+    """The state from which each generator draws, and how often it has."""
+
+    def counts(self) -> tuple[int, ...]:
+        """How often each generator has been drawn from."""
+        return tuple(count for _, count in self.values())
+
+
+@contextlib.contextmanager
+def drawing(generators: Sequence[Generator], states: Sequence[Array]) -> Iterator[Draws]:
+    """In here, generators draw from these states, JAX arrays, and change nothing but the count in what this yields."""
+    before = getattr(_drawing, "draws", {})
+    draws = Draws((g, (state, 0)) for g, state in zip(generators, states, strict=True))
+    _drawing.draws = draws
+    try:
+        yield draws
+    finally:
+        _drawing.draws = before

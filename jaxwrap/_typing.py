@@ -33,11 +33,24 @@ class Static:
 
 
 class Role(enum.Enum):
-    """What an argument of a flat function is to its gradient."""
+    """What an argument of a flat function is: to its gradient, and to the caller who holds it.
 
-    DIFFERENTIABLE = "a gradient may be asked for, if its dtype has one"
-    CONSTANT = "no gradient"
-    STATE = "no gradient, and the caller may overwrite it in place as soon as the call has returned"
+    Attributes:
+        differentiable: Whether a gradient may be asked for, if the argument's dtype has one.
+        held: Whether it is the value of a variable: the same tensor call after call, written to in between. What a
+            bridge makes of it is worth keeping, as long as the tensor is the same.
+    """
+
+    INPUT = ("a gradient may be asked for", True, False)
+    CONSTANT = ("no gradient", False, False)
+    PARAMETER = ("a gradient may be asked for; the value of a variable", True, True)
+    FROZEN = ("no gradient; the value of a variable", False, True)
+    STATE = ("as FROZEN, and the caller may overwrite it as soon as the call has returned", False, True)
+
+    def __init__(self, meaning: str, differentiable: bool, held: bool):
+        self.meaning = meaning
+        self.differentiable = differentiable
+        self.held = held
 
 
 class FlatResult(NamedTuple):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from jaxwrap._bridge import inexact
 from jaxwrap._pytree import (
@@ -25,6 +26,8 @@ from jaxwrap._rules import Rule, Rules, match
 from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array, PyTree
 
+# JAX copies what does not begin at a multiple of so many bytes.
+_ALIGNMENT = 64
 # Each holds the numbers of those before it.
 _KINDS = ("bool", "integer", "float", "complex")
 
@@ -139,12 +142,16 @@ class Leaves:
         """Shape and dtype of what `decode` takes."""
         return [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.variables]
 
-    def encode(self, tree: PyTree, problem: str) -> list[Array]:
+    def encode(self, tree: PyTree, old: PyTree, problem: str) -> dict[int, Array]:
         """The inverse of `decode`, for a new state: checks it against the old; returns arrays for the variables.
 
         Args:
             tree: The new state.
+            old: What `decode` returned. Leaves that are the same objects in both have not changed.
             problem: What an error begins with.
+
+        Returns:
+            The arrays for those variables that are to change, by index.
 
         Raises:
             ValueError: If structure or shapes differ, with a line for each path where they do.
@@ -153,16 +160,21 @@ class Leaves:
         difference = describe_difference(self.structure, received)
         if difference:
             raise ValueError(f"{problem}\n{difference}")
-        arrays = [
-            jnp.asarray(value if leaf.impl is None else jax.random.key_data(value), variable.dtype)
-            for value, leaf, variable in zip(values, self.leaves, self.variables, strict=True)
-        ]
-        shapes = [
-            f"  shape: {path} was {tuple(variable.shape)}, is {array.shape}"
-            for path, variable, array in zip(
-                self.structure.array_paths(), self.variables, arrays, strict=True
+        before, _ = partition(old, is_leaf_array)
+        arrays = {
+            index: jnp.asarray(
+                value if self.leaves[index].impl is None else jax.random.key_data(value),
+                self.variables[index].dtype,
             )
-            if tuple(variable.shape) != array.shape
+            for index, value in enumerate(values)
+            if value is not before[index]
+        }
+        shapes = [
+            f"  shape: {path} was {tuple(variable.shape)}, is {arrays[index].shape}"
+            for index, (path, variable) in enumerate(
+                zip(self.structure.array_paths(), self.variables, strict=True)
+            )
+            if index in arrays and tuple(variable.shape) != arrays[index].shape
         ]
         if shapes:
             raise ValueError("\n".join([problem, *shapes]))
@@ -358,8 +370,19 @@ def _own(value: Any) -> np.ndarray:
         value = jax.random.key_data(value)
     elif not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
         value = keras.ops.convert_to_numpy(value)
-    array = np.array(value)
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    array = np.asarray(value)
+    return _aligned_copy(array, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def _aligned_copy(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A copy that begins where JAX can read it in place, through a tensor that aliases it as well."""
+    dtype = np.dtype(dtype)
+    size = array.size * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, "uint8")
+    start = -memory.ctypes.data % _ALIGNMENT
+    copy = memory[start : start + size].view(dtype).reshape(array.shape)
+    np.copyto(copy, array, casting="unsafe")
+    return copy
 
 
 def _dtype(value: Any) -> str:
@@ -375,6 +398,17 @@ def _key_impl(value: Any) -> Any:
     if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.key_impl(value)
     return None
+
+
+def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
+    """What the variables hold, which never is cast for a call: `variable.value` for each, in less time."""
+    if in_stateless_scope():
+        return [variable.value for variable in variables]
+    return [
+        # Made while TensorFlow builds a graph, a variable may have no value yet.
+        variable.value if (value := variable._value) is None else value
+        for variable in variables
+    ]
 
 
 def to_host(variable: keras.Variable) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -54,6 +55,23 @@ class Bridge(Protocol):
                 None means the one it runs on.
         """
         ...
+
+
+class Kept:
+    """What has been made of tensors, for as long as these live."""
+
+    def __init__(self):
+        self._made: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    def get(self, tensor: Tensor) -> Any:
+        """What has been put for that very tensor, or None."""
+        entry = self._made.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def put(self, tensor: Tensor, made: Any) -> None:
+        """Keeps what has been made of a tensor."""
+        key = id(tensor)
+        self._made[key] = weakref.ref(tensor, lambda _: self._made.pop(key, None)), made
 
 
 def inexact(dtype: Any) -> bool:
@@ -115,7 +133,26 @@ def vjp(fn: FlatFunction, wrt: tuple[int, ...], arity: int) -> FlatFunction:
 def vjp_roles(roles: tuple[Role, ...], cotangents: int) -> tuple[Role, ...]:
     """The roles of the arguments of `vjp`'s function. What was state is kept by the tape and changes no more."""
     kept = (Role.CONSTANT if role is Role.STATE else role for role in roles)
-    return (*kept, *(Role.DIFFERENTIABLE,) * cotangents)
+    return (*kept, *(Role.INPUT,) * cotangents)
+
+
+def own_outputs(fn: FlatFunction) -> FlatFunction:
+    """`fn`, with a copy of each argument that it returns as it is.
+
+    JAX returns the same buffer for such an argument, and on some backends that is a tensor of the caller's, which the
+    caller may overwrite.
+    """
+
+    def owning(*arrays: Array) -> FlatResult:
+        arguments = set(map(id, arrays))
+        outputs, aux, static = fn(*arrays)
+        outputs, aux = (
+            tuple(jnp.copy(array) if id(array) in arguments else array for array in part)
+            for part in (outputs, aux)
+        )
+        return FlatResult(outputs, aux, static)
+
+    return owning
 
 
 def conjugate(array: Array) -> Array:

@@ -39,7 +39,7 @@ class JaxBridge:
 
         def call(*tensors: Tensor) -> FlatResult:
             # Inside a trace the caller's own jit compiles the whole; a nested one would only hide the function.
-            if any(isinstance(tensor, Tracer) for tensor in tensors):
+            if any(issubclass(kind, Tracer) for kind in set(map(type, tensors))):
                 return fn(*tensors)
             return jitted(*tensors)
 

@@ -8,14 +8,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwrap._bridge._base import BridgedFunction, check_dtype
+from jaxwrap._bridge._base import BridgedFunction, Kept, check_dtype
 from jaxwrap._typing import FlatFunction, FlatResult, Role, Tensor
+
+# JAX reads a NumPy array where it lies, if it lies at a multiple of so many bytes; else it copies it at each call.
+_ALIGNMENT = 64
+# Up to this size the copy is not worth a thought.
+_SMALL = 1 << 16
 
 
 class NumpyBridge:
     """The bridge of Keras's inference-only backend."""
 
     name = "numpy"
+
+    def __init__(self):
+        self._copies = Kept()
 
     def is_tensor(self, leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
@@ -34,13 +42,34 @@ class NumpyBridge:
         platforms: tuple[str, ...] | None,
     ) -> BridgedFunction:
         jitted = jax.jit(fn)
+        held = [index for index, role in enumerate(roles) if role.held]
 
         def call(*tensors: Tensor) -> FlatResult:
+            arrays = list(tensors)
+            for index in held:
+                arrays[index] = self._readable(tensors[index])
             # JAX may read an aliased array after the call returns, while NumPy code is free to overwrite it.
-            outputs, aux, static = jax.block_until_ready(jitted(*tensors))
+            outputs, aux, static = jax.block_until_ready(jitted(*arrays))
             return FlatResult(_to_numpy(outputs), _to_numpy(aux), static)
 
         return call
+
+    def _readable(self, array: Tensor) -> Tensor:
+        """The array of a variable, or a copy that JAX need not copy at each call.
+
+        Keras puts a new array into a variable at each assignment, so an array that is the same has the same values. It
+        is made read-only, so that nobody writes to it past the copy.
+        """
+        if not isinstance(array, np.ndarray) or array.nbytes <= _SMALL:
+            return array
+        copy = self._copies.get(array)
+        if copy is None:
+            if array.ctypes.data % _ALIGNMENT == 0 and array.flags.c_contiguous:
+                return array
+            array.flags.writeable = False
+            copy = jax.numpy.array(array)
+            self._copies.put(array, copy)
+        return copy
 
 
 def _to_numpy(arrays: tuple[jax.Array, ...]) -> tuple[Tensor, ...]:

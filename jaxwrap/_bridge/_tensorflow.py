@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla as tfxla
+from tensorflow.python.eager import context, execute, record
+from tensorflow.python.framework.ops import EagerTensor
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from jaxwrap._bridge._base import BridgedFunction, check_dtype, vjp, vjp_roles
 from jaxwrap._bridge._stablehlo import Artifact, Shape, export
-from jaxwrap._typing import FlatFunction, FlatResult, Role, Tensor
+from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 # The newest StableHLO that TensorFlow 2.21 reads is 1.13.7.
 _STABLEHLO_VERSION = "1.13.0"
@@ -61,16 +64,19 @@ class _Function:
         self._fn = fn
         self._roles = roles
         self._platforms = platforms
+        self._held = [index for index, role in enumerate(roles) if role.held]
         self._jitted = jax.jit(fn)
         self._artifacts: dict[Any, Artifact] = {}
         self._vjps: dict[tuple[tuple[int, ...], int], _Function] = {}
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
+        if tf.executing_eagerly() and not record.could_possibly_record():
+            return self._run_eagerly(tensors)
         tensors = tuple(map(_as_tensor, tensors))
         wrt = tuple(
             index
             for index, (tensor, role) in enumerate(zip(tensors, self._roles, strict=True))
-            if role is Role.DIFFERENTIABLE and _is_inexact(tensor)
+            if role.differentiable and _is_inexact(tensor)
         )
         if not wrt:
             return self._run(tensors)
@@ -105,9 +111,17 @@ class _Function:
 
     def _run(self, tensors: tuple[Tensor, ...]) -> FlatResult:
         if tf.executing_eagerly():
-            outputs, aux, static = self._jitted(*map(_to_jax, tensors))
-            return FlatResult(_to_tensorflow(outputs), _to_tensorflow(aux), static)
+            return self._run_eagerly(tensors)
         return self._call_module(tensors)
+
+    def _run_eagerly(self, tensors: Sequence[Tensor]) -> FlatResult:
+        arrays = list(tensors)
+        variables = [index for index in self._held if type(arrays[index]) is ResourceVariable]
+        values = _read([arrays[index] for index in variables])
+        for index, value in zip(variables, values, strict=True):
+            arrays[index] = value
+        outputs, aux, static = self._jitted(*map(_to_jax, arrays))
+        return FlatResult(_to_tensorflow(outputs), _to_tensorflow(aux), static)
 
     def _call_module(self, tensors: tuple[Tensor, ...]) -> FlatResult:
         tensors = tuple(map(_canonical, tensors))
@@ -156,17 +170,44 @@ def _canonical(tensor: Tensor) -> Tensor:
     return tf.cast(tensor, jax.dtypes.canonicalize_dtype(tensor.dtype.as_numpy_dtype).name)
 
 
-def _to_jax(tensor: Tensor) -> jax.Array:
-    # TensorFlow passes no floats of 8 bits over dlpack.
-    return jnp.asarray(tensor.numpy()) if _is_float8(tensor) else jax.dlpack.from_dlpack(tensor)
+def _read(variables: list[Tensor]) -> list[Tensor]:
+    """The values of variables, read by one operation: what it takes to start one is most of what it takes."""
+    if not variables:
+        return []
+    dtypes = [variable.dtype for variable in variables]
+    return execute.execute(
+        b"_ReadVariablesOp",
+        len(variables),
+        inputs=[variable.handle for variable in variables],
+        attrs=("N", len(variables), "dtypes", dtypes),
+        ctx=context.context(),
+    )
 
 
-def _is_float8(tensor: Any) -> bool:
-    return tensor.dtype.name.startswith("float8")
+def _to_jax(tensor: Tensor) -> Array:
+    """A tensor as JAX takes it.
+
+    On the CPU that is a NumPy view: TensorFlow writes to no memory that is in use elsewhere, and aligns it so that JAX
+    does not copy it.
+    """
+    if isinstance(tensor, EagerTensor):
+        return jax.dlpack.from_dlpack(tensor) if _has_gpu() else tensor._numpy_internal()
+    if isinstance(tensor, tf.Variable):
+        return _to_jax(tensor.read_value())
+    return tensor
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def _is_float8(array: jax.Array) -> bool:
+    return array.dtype.name.startswith("float8")
 
 
 def _from_jax(array: jax.Array) -> Tensor:
-    if _is_float8(array):
+    if _is_float8(array):  # which TensorFlow does not pass over dlpack
         return tf.constant(np.asarray(array))
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,19 +12,32 @@ import torch
 
 from jaxwrap._bridge._base import (
     BridgedFunction,
+    Kept,
     check_dtype,
     conjugate,
+    own_outputs,
     restrict,
     vjp,
     vjp_roles,
 )
-from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
+from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Static, Tensor
+
+# JAX reads memory in place that begins at a multiple of so many bytes.
+_ALIGNMENT = 64
+# What NumPy has, too.
+_NUMPY_DTYPES = {
+    *(torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
+}
 
 
 class TorchBridge:
     """The bridge of PyTorch: ordinary tensors in and out, differentiable by `torch.autograd`."""
 
     name = "torch"
+
+    def __init__(self):
+        self._aliases = _Aliases()
 
     def is_tensor(self, leaf: Any) -> bool:
         return isinstance(leaf, (torch.Tensor, jax.Array, np.ndarray, np.generic))
@@ -42,60 +56,106 @@ class TorchBridge:
         roles: tuple[Role, ...],
         platforms: tuple[str, ...] | None,
     ) -> BridgedFunction:
-        return _Function(fn, roles)
+        return _Function(fn, roles, self._aliases)
+
+
+class _Alias(NamedTuple):
+    """The memory of a tensor as a JAX array, and what tells that the tensor still is that memory."""
+
+    array: jax.Array
+    pointer: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _Aliases:
+    """JAX arrays that alias the tensors of variables.
+
+    Torch writes to these in place, so an alias made once serves at every call. JAX believes it immutable: whoever
+    passes one to JAX waits for the result before torch goes on.
+    """
+
+    def __init__(self):
+        self._kept = Kept()
+
+    def array(self, tensor: Tensor) -> Array:
+        """The tensor as JAX takes it."""
+        alias = self._kept.get(tensor)
+        if (
+            alias is not None
+            and alias.pointer == tensor.data_ptr()
+            and alias.shape == tensor.shape
+            and alias.dtype is tensor.dtype
+            and tensor.is_contiguous()
+        ):
+            return alias.array
+        pointer = tensor.data_ptr()
+        if pointer % _ALIGNMENT or not tensor.is_contiguous():
+            return _to_jax(tensor)  # JAX is going to copy it
+        array = _from_dlpack(tensor)
+        if array.unsafe_buffer_pointer() == pointer:
+            self._kept.put(tensor, _Alias(array, pointer, tensor.shape, tensor.dtype))
+        return array
 
 
 class _Function:
     """A flat function on torch tensors, with its vjps, each made when first needed."""
 
-    def __init__(self, fn: FlatFunction, roles: tuple[Role, ...]):
+    def __init__(self, fn: FlatFunction, roles: tuple[Role, ...], aliases: _Aliases):
         self._fn = fn
         self._roles = roles
+        self._aliases = aliases
+        self._converters = [aliases.array if role.held else _to_jax for role in roles]
+        self._differentiable = [i for i, role in enumerate(roles) if role.differentiable]
+        self._states = [i for i, role in enumerate(roles) if role is Role.STATE]
+        self._plain = jax.jit(own_outputs(fn))
+        self._linearized: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._vjps: dict[tuple[tuple[int, ...], int], _Function] = {}
-        self._plain = jax.jit(fn)
-        self._linearized = jax.jit(self._linearize, static_argnums=0)
-        self.pull_back = jax.jit(_pull_back)
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
-        tensors = tuple(map(_as_tensor, tensors))
-        if any(tensor.is_meta for tensor in tensors):
-            return self._infer(tensors)
+        tensors = tuple([t if isinstance(t, torch.Tensor) else _as_tensor(t) for t in tensors])
+        if not all([tensor.is_cpu for tensor in tensors]):
+            if any(tensor.is_meta for tensor in tensors):
+                return self._infer(tensors)
+            _check_devices(tensors)
         if torch.is_grad_enabled():
-            wrt = tuple(
-                index
-                for index, (tensor, role) in enumerate(zip(tensors, self._roles, strict=True))
-                if role is Role.DIFFERENTIABLE and tensor.requires_grad
-            )
+            wrt = tuple([i for i in self._differentiable if tensors[i].requires_grad])
             if wrt:
                 return self._call_recorded(wrt, tensors)
-        outputs, aux, static = self._plain(*map(_to_jax, tensors))
-        return FlatResult(_to_torch(outputs), _to_torch(aux), static)
+        outputs, aux, static = self._plain(*self.arrays(tensors))
+        return FlatResult(*_to_torch(outputs, aux), static)
+
+    def arrays(self, tensors: Sequence[Tensor]) -> list[Array]:
+        """The arguments as JAX takes them."""
+        return [convert(t) for convert, t in zip(self._converters, tensors, strict=True)]
+
+    def array(self, tensors: Sequence[Tensor], index: int) -> Array:
+        """One of the arguments as JAX takes it."""
+        return self._converters[index](tensors[index])
 
     def vjp(self, wrt: tuple[int, ...], cotangents: int) -> _Function:
         """The vjp with respect to the arguments `wrt`, itself on tensors and differentiable."""
         key = (wrt, cotangents)
         if key not in self._vjps:
             pullback = vjp(self._fn, wrt, len(self._roles))
-            self._vjps[key] = _Function(pullback, vjp_roles(self._roles, cotangents))
+            roles = vjp_roles(self._roles, cotangents)
+            self._vjps[key] = _Function(pullback, roles, self._aliases)
         return self._vjps[key]
 
-    def kept(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What `backward` may need of the arguments: themselves, or a copy of what will be overwritten."""
-        return [
-            tensor.clone() if role is Role.STATE else tensor
-            for tensor, role in zip(tensors, self._roles, strict=True)
-        ]
+        kept = list(tensors)
+        for index in self._states:
+            kept[index] = tensors[index].clone()
+        return kept
 
-    def linearize(self, wrt: tuple[int, ...], tensors: Iterable[Tensor]) -> tuple[FlatResult, Any]:
-        """The result as JAX arrays, and the pullback that holds the residuals."""
-        return self._linearized(wrt, *map(_to_jax, tensors))
-
-    def _linearize(self, wrt: tuple[int, ...], *arrays: Array) -> tuple[FlatResult, Any]:
-        restricted, primals = restrict(self._fn, wrt, arrays)
-        floats, pullback, (others, aux, static) = jax.vjp(restricted, *primals, has_aux=True)
-        remaining = iter(floats)
-        outputs = tuple(next(remaining) if other is None else other for other in others)
-        return FlatResult(outputs, aux, static), pullback
+    def linearize(self, wrt: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[Any, Any, Any]:
+        """The result as JAX arrays, the residuals, and the `_Pullback` that takes these."""
+        if wrt not in self._linearized:
+            linearized = _Linearized(own_outputs(self._fn), wrt, self._states)
+            self._linearized[wrt] = jax.jit(linearized)
+        result, residuals, static = self._linearized[wrt](*self.arrays(tensors))
+        return result, residuals, static.value
 
     def _call_recorded(self, wrt: tuple[int, ...], tensors: tuple[Tensor, ...]) -> FlatResult:
         counted: list[Any] = []
@@ -112,26 +172,81 @@ class _Function:
         return FlatResult(tuple(map(_to_meta, outputs)), tuple(map(_to_meta, aux)), static)
 
 
+class _Linearized:
+    """A flat function that returns its result, the residuals of its vjp, and, as `Static`, the `_Pullback`."""
+
+    def __init__(self, fn: FlatFunction, wrt: tuple[int, ...], states: Sequence[int]):
+        self._fn = fn
+        self._wrt = wrt
+        self._states = states
+
+    def __call__(self, *arrays: Array) -> tuple[FlatResult, list[Array], Static]:
+        restricted, primals = restrict(self._fn, self._wrt, arrays)
+        floats, pullback, (others, aux, static) = jax.vjp(restricted, *primals, has_aux=True)
+        remaining = iter(floats)
+        outputs = tuple(next(remaining) if other is None else other for other in others)
+        leaves, structure = jax.tree_util.tree_flatten(pullback)
+        # An argument need not be returned to be had again; but what was state will have been overwritten.
+        arguments = {id(array): index for index, array in enumerate(arrays)}
+        state = {id(arrays[index]) for index in self._states}
+        residuals = [
+            jax.numpy.copy(leaf) if id(leaf) in state else leaf
+            for leaf in leaves
+            if id(leaf) not in arguments or id(leaf) in state
+        ]
+        places = [None if id(leaf) in state else arguments.get(id(leaf)) for leaf in leaves]
+        return FlatResult(outputs, aux, static), residuals, Static(_Pullback(structure, places))
+
+
+class _Pullback:
+    """What makes gradients of cotangents, given the arguments and the residuals of the forward call.
+
+    Attributes:
+        arguments: Which of the arguments of the forward call it needs.
+    """
+
+    def __init__(self, structure: Any, places: Sequence[int | None]):
+        self._structure = structure
+        self._places = places
+        self.arguments = sorted({place for place in places if place is not None})
+        self._jitted = jax.jit(self._pull_back)
+
+    def __call__(self, *arrays: Array) -> tuple[Array, ...]:
+        """Takes these arguments, the residuals and the cotangents."""
+        return self._jitted(*arrays)
+
+    def _pull_back(self, *arrays: Array) -> tuple[Array, ...]:
+        remaining = iter(arrays)
+        arguments = {index: next(remaining) for index in self.arguments}
+        leaves = [
+            next(remaining) if place is None else arguments[place] for place in self._places
+        ]
+        pullback = jax.tree_util.tree_unflatten(self._structure, leaves)
+        gradients = pullback([conjugate(cotangent) for cotangent in remaining])
+        return tuple(conjugate(gradient) for gradient in gradients)
+
+
 class _Record(torch.autograd.Function):
     """Puts one call of a `_Function` on torch's tape."""
 
     @staticmethod
     def forward(ctx, function: _Function, wrt, counted, *tensors):  # type: ignore[override]
-        (outputs, aux, static), ctx.pullback = function.linearize(wrt, tensors)
+        (outputs, aux, static), ctx.residuals, ctx.pullback = function.linearize(wrt, tensors)
         counted += [len(outputs), static]
-        outputs, aux = _to_torch(outputs), _to_torch(aux)
+        outputs, aux = _to_torch(outputs, aux)
         # Reading them back in `backward` makes torch raise, as for its own layers, if one was changed in place.
         ctx.save_for_backward(*function.kept(tensors))
         ctx.set_materialize_grads(False)
         ctx.function, ctx.wrt = function, wrt
+        floats = [output.is_floating_point() or output.is_complex() for output in outputs]
         ctx.floats = [
-            (index, output.shape, output.dtype)
+            (index, output.shape, output.dtype, output.device)
             for index, output in enumerate(outputs)
-            if output.is_floating_point() or output.is_complex()
+            if floats[index]
         ]
-        differentiable = {index for index, _, _ in ctx.floats}
         ctx.mark_non_differentiable(
-            *(output for index, output in enumerate(outputs) if index not in differentiable), *aux
+            *(output for output, is_float in zip(outputs, floats, strict=True) if not is_float),
+            *aux,
         )
         return (*outputs, *aux)
 
@@ -140,42 +255,84 @@ class _Record(torch.autograd.Function):
     def backward(ctx, *cotangents):  # type: ignore[override]
         tensors = ctx.saved_tensors
         received = [
-            torch.zeros(shape, dtype=dtype) if cotangents[index] is None else cotangents[index]
-            for index, shape, dtype in ctx.floats
+            torch.zeros(shape, dtype=dtype, device=device)
+            if cotangents[index] is None
+            else cotangents[index]
+            for index, shape, dtype, device in ctx.floats
         ]
-        if (
-            torch.is_grad_enabled()
-        ):  # backward(create_graph=True): its own derivative will be asked for
+        if torch.is_grad_enabled():
+            # backward(create_graph=True): its own derivative will be asked for
             pullback = ctx.function.vjp(ctx.wrt, len(received))
             gradients = pullback(*tensors, *received).outputs
         else:
-            gradients = _to_torch(ctx.function.pull_back(ctx.pullback, *map(_to_jax, received)))
-        result: list[Any] = [None] * len(tensors)
+            arguments = [ctx.function.array(tensors, index) for index in ctx.pullback.arguments]
+            arrays = ctx.pullback(*arguments, *ctx.residuals, *map(_to_jax, received))
+            (gradients,) = _to_torch(arrays)
+        result: list[Any] = [None] * (3 + len(tensors))
         for index, gradient in zip(ctx.wrt, gradients, strict=True):
-            result[index] = gradient.to(tensors[index].dtype)
-        return (None, None, None, *result)
-
-
-def _pull_back(pullback: Any, *cotangents: Array) -> tuple[Array, ...]:
-    gradients = pullback([conjugate(cotangent) for cotangent in cotangents])
-    return tuple(conjugate(gradient) for gradient in gradients)
+            dtype = tensors[index].dtype
+            result[3 + index] = gradient if gradient.dtype is dtype else gradient.to(dtype)
+        return tuple(result)
 
 
 def _as_tensor(value: Any) -> Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
     if isinstance(value, jax.Array):
         return torch.from_dlpack(value)
     return torch.from_numpy(np.array(value))
 
 
-def _to_jax(tensor: Tensor) -> jax.Array:
+def _to_jax(tensor: Tensor) -> Array:
+    """A tensor as JAX takes it: as an array of NumPy if that is the same to JAX, since that takes less time."""
+    if tensor.is_cpu and tensor.dtype in _NUMPY_DTYPES and _jax_is_on_cpu():
+        return tensor.detach().resolve_conj().resolve_neg().numpy()
+    return _from_dlpack(tensor)
+
+
+def _from_dlpack(tensor: Tensor) -> jax.Array:
     return jax.dlpack.from_dlpack(tensor.detach().contiguous().resolve_conj().resolve_neg())
 
 
-def _to_torch(arrays: Iterable[jax.Array]) -> tuple[Tensor, ...]:
+@functools.cache
+def _jax_is_on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _check_devices(tensors: Sequence[Tensor]) -> None:
+    """Makes sure that JAX can read tensors that are not all on the CPU.
+
+    Raises:
+        RuntimeError: If they are on several devices, or on one that JAX does not have.
+    """
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"the tensors are on several devices: {', '.join(devices)}. JAX computes on one; move them with "
+            "`tensor.to(device)`, and the layers with `keras.device(...)` around what makes them."
+        )
+    if not tensors[0].is_cuda or not _jax_has_cuda():
+        raise RuntimeError(
+            f"the tensors are on {devices[0]}, and JAX has {', '.join(map(str, jax.devices()))} only. Install JAX for "
+            'that device (`pip install "jax[cuda12]"`), or keep the model on the CPU: `keras.device("cpu:0")`, and '
+            "`tensor.cpu()` for a copy."
+        )
+    # An alias that is kept does not wait for what torch still has to write.
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+
+
+@functools.cache
+def _jax_has_cuda() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+def _to_torch(*groups: Iterable[jax.Array]) -> tuple[tuple[Tensor, ...], ...]:
     # Once these are ready, JAX has read its inputs, which alias tensors that torch may now write to.
-    return tuple(map(torch.from_dlpack, jax.block_until_ready(tuple(arrays))))
+    jax.block_until_ready(groups)
+    return tuple(
+        tuple([torch.from_dlpack(array.__dlpack__()) for array in group]) for group in groups
+    )
 
 
 def _to_meta(spec: jax.ShapeDtypeStruct) -> Tensor:

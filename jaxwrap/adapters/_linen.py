@@ -10,6 +10,7 @@ import jax
 import keras
 
 from jaxwrap._pure import CallResult
+from jaxwrap._rng import Generator
 from jaxwrap._serialization import serialize_callable
 from jaxwrap._signature import AUTO, check_types
 from jaxwrap._typing import PyTree
@@ -182,7 +183,7 @@ class FlaxLayer(ModuleLayer):
             for name in self._rngs
         }
 
-    def _generators(self) -> dict[str, keras.random.SeedGenerator]:
+    def _generators(self) -> dict[str, Generator]:
         streams = self._stream_generators.items()
         return {
             **super()._generators(),
