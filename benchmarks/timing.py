@@ -43,15 +43,18 @@ def reason(error):
 
 
 def _repetitions(run, seconds):
-    run()
-    once = min(_time(run, 1) for _ in range(3))
+    """How often to call, so that it lasts. A call that lasts long enough has been warmed up by the first one."""
+    once = _time(run, 1)
+    if once < seconds:
+        once = min(_time(run, 1) for _ in range(3))
     return max(1, math.ceil(seconds / once))
 
 
 def _time(run, repetitions):
     # The collector stays on, because objects that need it are a cost of the call; each begins with none.
     gc.collect()
-    run()
+    if repetitions > 1:
+        run()
     begin = time.perf_counter()
     for _ in range(repetitions):
         run()
