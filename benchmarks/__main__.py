@@ -18,16 +18,17 @@ def parse_args():
 
 def main():
     arguments = parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    about = {**machine.describe(), "rounds": arguments.rounds, "seconds": arguments.seconds}
     items = []
     for backend in arguments.backends.split(","):
         print(backend, flush=True)
         items += figures.measure(
             arguments.only, backend, rounds=arguments.rounds, seconds=arguments.seconds
         )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    about = {**machine.describe(), "rounds": arguments.rounds, "seconds": arguments.seconds}
-    report.write(arguments.output, about, items)
-    plots.write(arguments.output, items)
+        # After each backend, since the next one takes long.
+        report.write(arguments.output, about, items)
+        plots.write(arguments.output, items)
     print(f"results are in {arguments.output}")
 
 
