@@ -91,3 +91,13 @@ def quickstart(session):
     requirements, _ = TESTED[session.python]
     session.install("--quiet", "--editable", ".", *requirements, *requirements_of("quickstart"))
     session.run("python", "examples/quickstart.py", *session.posargs, env=ON_CPU)
+
+
+@nox.session(python="3.11", default=False)
+def benchmarks(session):
+    """Measure jaxwrap beside its rivals; `-- --backends jax --only eager` for some of it."""
+    requirements, _ = TESTED[session.python]
+    session.install("--quiet", "--editable", ".", *requirements, *requirements_of("benchmark"))
+    # Without what they ask for: it must not change the torch and the JAX that all are measured with.
+    session.install("--quiet", "--no-deps", "torchax", "jax2torch")
+    session.run("python", "-m", "benchmarks", *session.posargs, env=ON_CPU)

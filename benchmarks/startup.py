@@ -1,0 +1,89 @@
+"""Imports, and the first train step of the transformer, each in a fresh process."""
+
+import time
+
+from benchmarks import process, rows
+
+
+def _alternate(targets, backend, rounds):
+    """What each of the targets yields, by name, in rounds that take turns in who begins."""
+    results = {name: [] for name in targets}
+    for index in range(rounds):
+        order = list(targets) if index % 2 == 0 else list(reversed(targets))
+        for name in order:
+            results[name].append(process.call(targets[name], backend)[0])
+    return results
+
+
+def imports(backend, rounds, seconds):
+    targets = {"jaxwrap": "startup:import_jaxwrap", "keras, jax": "startup:import_keras"}
+    _alternate(targets, backend, 1)  # into the page cache
+    times = _alternate(targets, backend, rounds)
+    yield rows.ratio("import", "import", "jaxwrap", "keras, jax", *times.values(), 1.03)
+
+
+def import_jaxwrap():
+    begin = time.perf_counter()
+    import jaxwrap  # noqa: F401
+
+    yield time.perf_counter() - begin
+
+
+def import_keras():
+    begin = time.perf_counter()
+    import jax  # noqa: F401
+    import keras  # noqa: F401
+
+    yield time.perf_counter() - begin
+
+
+def first_step(backend, rounds, seconds):
+    rival = "jitted JAX"
+    targets = {"jaxwrap": "startup:first_step_of_ours", rival: "startup:first_step_of_jax"}
+    times = _alternate(targets, backend, rounds)
+    whats = {
+        "step": ("time to first train step, transformer", 1.15),
+        "all": ("the same with making and building the model", None),
+    }
+    for key, (what, target) in whats.items():
+        ours, theirs = ([run[key] for run in times[name]] for name in targets)
+        yield rows.ratio("first-step", what, "jaxwrap", rival, ours, theirs, target)
+
+
+def first_step_of_ours():
+    import keras
+
+    import jaxwrap
+    from benchmarks.models import MODELS
+
+    model = MODELS["transformer"]
+    variables, x, y = model.variables(), model.inputs(), model.targets()
+    begin = time.perf_counter()
+    inputs = keras.Input(model.shape, dtype=model.dtype)
+    layer = jaxwrap.FlaxLayer(model.make(), variables=variables)
+    made = keras.Model(inputs, layer(inputs))
+    made.compile(keras.optimizers.SGD(0.1), "mse")
+    built = time.perf_counter()
+    made.train_on_batch(x, y)
+    yield {"all": time.perf_counter() - begin, "step": time.perf_counter() - built}
+
+
+def first_step_of_jax():
+    import jax
+    import optax
+
+    from benchmarks import backends  # noqa: F401  (the same libraries are loaded)
+    from benchmarks.models import MODELS
+    from benchmarks.training import parts, train_step
+
+    model = MODELS["transformer"]
+    variables, x, y = model.variables(), model.inputs(), model.targets()
+    begin = time.perf_counter()
+    params, state = parts(variables)
+    optimizer = optax.sgd(0.1)
+    moments = optimizer.init(params)
+    step = jax.jit(train_step(model.make(), optimizer), donate_argnums=(0, 1, 2))
+    built = time.perf_counter()
+    *_, loss = step(params, state, moments, x, y)
+    float(loss)
+    yield {"all": time.perf_counter() - begin, "step": time.perf_counter() - built}

@@ -1,0 +1,61 @@
+"""Contestants timed side by side: each round measures all of them, one right after the other."""
+
+import gc
+import math
+import time
+
+
+def race(makers, rounds, seconds, check=None):
+    """Seconds per call of each contestant in each round, or why it does not run.
+
+    Args:
+        makers: For each name a function that prepares the contestant and returns what is to be timed. That one returns
+            only when its result is ready.
+        rounds: How many rounds.
+        seconds: How long a measurement lasts at least; the call is repeated to fill it.
+        check: Is called with each name and the result of a first call, and raises if it is wrong.
+
+    Returns:
+        Two dicts by name: lists of times, and reasons.
+    """
+    calls, failures = {}, {}
+    for name, make in makers.items():
+        try:
+            run = make()
+            result = run()
+            if check is not None:
+                check(name, result)
+            calls[name] = (run, _repetitions(run, seconds))
+        except Exception as error:
+            failures[name] = reason(error)
+    times = {name: [] for name in calls}
+    for index in range(rounds):
+        # Whatever a contestant gains from its place, in the next round another one has.
+        order = list(calls) if index % 2 == 0 else list(reversed(calls))
+        for name in order:
+            times[name].append(_time(*calls[name]))
+    return times, failures
+
+
+def reason(error):
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:160]}"
+
+
+def _repetitions(run, seconds):
+    """How often to call, so that it lasts. A call that lasts long enough has been warmed up by the first one."""
+    once = _time(run, 1)
+    if once < seconds:
+        once = min(_time(run, 1) for _ in range(3))
+    return max(1, math.ceil(seconds / once))
+
+
+def _time(run, repetitions):
+    # The collector stays on, because objects that need it are a cost of the call; each begins with none.
+    gc.collect()
+    if repetitions > 1:
+        run()
+    begin = time.perf_counter()
+    for _ in range(repetitions):
+        run()
+    return (time.perf_counter() - begin) / repetitions
