@@ -25,6 +25,7 @@ from jaxwrap._pytree import Structure, describe_difference, is_array, partition,
 from jaxwrap._rng import Generator, check_impl, drawing, init_seed, to_key
 from jaxwrap._rules import Rule
 from jaxwrap._serialization import check_size, deserialize, serialize, serialize_callable
+from jaxwrap._shortcut import Shortcut, enter
 from jaxwrap._signature import AUTO, check_types
 from jaxwrap._specs import Spec, abstract_call
 from jaxwrap._typing import PyTree
@@ -179,6 +180,7 @@ class JaxLayer(WeightedLayer):
         self._keep("_calls", None)
         self._keep("_nests", set())
         self._keep("_checked", set())
+        self._keep("_shortcut", Shortcut())
         self._keep("_abstract", {})
         self._keep("_means", {})
         self._last_call: Any
@@ -231,14 +233,23 @@ class JaxLayer(WeightedLayer):
         # Keras hands `build` shapes only, and its own errors come after it has changed things.
         kwargs = self._pure.arguments.rename(args, kwargs)
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
-        kinds = (treedef, *map(_kind, leaves))
-        if kinds not in self._checked or not self.built:
+        kind = (treedef, *map(_kind, leaves))
+        if self._shortcut.is_open(self, kind, leaves):
+            training = enter(self, kwargs.get("training"))
+            try:
+                return JaxLayer.call(self, *args, training=training)
+            except Exception:
+                pass  # raised before anything was changed; it is to be raised with what Keras has to say of the call
+        if kind not in self._checked or not self.built:
             given, _ = self._pure.arguments.bind(args, kwargs)
             specs = self._read_specs(given)
             if not self.built:
                 self._keep("_specs", self._seen_by_init(specs))
-            self._checked.add(kinds)
-        return super().__call__(*args, **kwargs)
+            self._checked.add(kind)
+        outputs = super().__call__(*args, **kwargs)
+        if type(self).call is JaxLayer.call:
+            self._shortcut.learn(self, kind, args, kwargs, leaves)
+        return outputs
 
     def build(self, input_shape: Any) -> None:
         """Creates the variables, if they were not given.

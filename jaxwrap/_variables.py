@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from jaxwrap._bridge import inexact
+from jaxwrap._bridge import get_bridge, inexact
 from jaxwrap._pytree import (
     ARRAY,
     Structure,
@@ -351,7 +351,7 @@ def _create(
         for scope in scopes:
             stack.enter_context(keras.name_scope(scope))
         variable = keras.Variable(
-            lambda shape, dtype: _to_tensor(initial, dtype),
+            lambda shape, dtype: _to_tensor(get_bridge().adopt(initial), dtype),
             shape=initial.shape,
             dtype=dtype,
             trainable=leaf.can_train,
@@ -424,7 +424,7 @@ def assign(variable: keras.Variable, value: np.ndarray) -> None:
     variable.assign(_to_tensor(value, variable.dtype))
 
 
-def _to_tensor(value: np.ndarray, dtype: str) -> Any:
+def _to_tensor(value: Any, dtype: str) -> Any:
     if not _is_float8(dtype):
         return keras.ops.convert_to_tensor(value, dtype)
     # Keras converts no arrays of 8-bit floats, but casts to them; on NumPy it converts the result again.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Static, Tensor
 
@@ -32,12 +33,20 @@ class Bridge(Protocol):
         """Whether `leaf` is data that `wrap`'s functions take: a tensor, or a JAX or NumPy array."""
         ...
 
+    def is_concrete(self, leaf: Any) -> bool:
+        """Whether `leaf` is a tensor of the backend that holds data, and does not stand for some in a trace."""
+        ...
+
     def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
         """The shape (None for a dimension unknown while tracing) and the dtype's name."""
         ...
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Keeps the backend's own compiler from rewriting the Python code of `fn`, and of what it calls."""
+        ...
+
+    def adopt(self, array: np.ndarray) -> Any:
+        """What Keras is to make a variable's value of: the array, or a tensor on its memory if Keras would copy it."""
         ...
 
     def wrap(

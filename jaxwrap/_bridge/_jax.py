@@ -21,6 +21,9 @@ class JaxBridge:
     def is_tensor(self, leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
+    def is_concrete(self, leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+
     def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
         if not isinstance(tensor, jax.Array):
             check_dtype(str(tensor.dtype))
@@ -28,6 +31,9 @@ class JaxBridge:
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
+
+    def adopt(self, array: np.ndarray) -> Any:
+        return array
 
     def wrap(
         self,

@@ -28,12 +28,18 @@ class NumpyBridge:
     def is_tensor(self, leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
+    def is_concrete(self, leaf: Any) -> bool:
+        return isinstance(leaf, np.ndarray)
+
     def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
         check_dtype(str(tensor.dtype))
         return tuple(tensor.shape), str(tensor.dtype)
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
+
+    def adopt(self, array: np.ndarray) -> Any:
+        return array
 
     def wrap(
         self,

@@ -30,6 +30,9 @@ class TensorFlowBridge:
     def is_tensor(self, leaf: Any) -> bool:
         return isinstance(leaf, (tf.Tensor, tf.Variable, jax.Array, np.ndarray, np.generic))
 
+    def is_concrete(self, leaf: Any) -> bool:
+        return isinstance(leaf, EagerTensor)
+
     def spec(self, tensor: Tensor) -> tuple[Shape, str]:
         name = tf.as_dtype(tensor.dtype).name
         check_dtype(name)
@@ -42,6 +45,9 @@ class TensorFlowBridge:
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return tf.autograph.experimental.do_not_convert(fn)
+
+    def adopt(self, array: np.ndarray) -> Any:
+        return array
 
     def wrap(
         self,

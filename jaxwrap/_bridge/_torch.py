@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import torch
+from torch._utils import _unflatten_dense_tensors
 
 from jaxwrap._bridge._base import (
     BridgedFunction,
     Kept,
     check_dtype,
-    conjugate,
     own_outputs,
-    restrict,
     vjp,
     vjp_roles,
 )
-from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Static, Tensor
+from jaxwrap._bridge._residuals import Linearized
+from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 # JAX reads memory in place that begins at a multiple of so many bytes.
 _ALIGNMENT = 64
 # What NumPy has, too.
 _NUMPY_DTYPES = {
-    *(torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool),
-    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
+    getattr(torch, name): name
+    for name in (
+        *("float16", "float32", "float64", "complex64", "complex128", "bool"),
+        *("int8", "int16", "int32", "int64", "uint8"),
+    )
 }
 
 
@@ -42,6 +45,9 @@ class TorchBridge:
     def is_tensor(self, leaf: Any) -> bool:
         return isinstance(leaf, (torch.Tensor, jax.Array, np.ndarray, np.generic))
 
+    def is_concrete(self, leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor)
+
     def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
         name = str(tensor.dtype).removeprefix("torch.")
         check_dtype(name)
@@ -49,6 +55,11 @@ class TorchBridge:
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compiler.disable(fn)
+
+    def adopt(self, array: np.ndarray) -> Any:
+        if array.dtype.name not in _NUMPY_DTYPES.values():
+            return array
+        return torch.from_numpy(array)
 
     def wrap(
         self,
@@ -150,9 +161,9 @@ class _Function:
         return kept
 
     def linearize(self, wrt: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[Any, Any, Any]:
-        """The result as JAX arrays, the residuals, and the `_Pullback` that takes these."""
+        """The result as JAX arrays, the residuals, and the `Pullback` that takes these."""
         if wrt not in self._linearized:
-            linearized = _Linearized(own_outputs(self._fn), wrt, self._states)
+            linearized = Linearized(own_outputs(self._fn), wrt, self._states)
             self._linearized[wrt] = jax.jit(linearized)
         result, residuals, static = self._linearized[wrt](*self.arrays(tensors))
         return result, residuals, static.value
@@ -170,60 +181,6 @@ class _Function:
         ]
         outputs, aux, static = jax.eval_shape(self._fn, *specs)
         return FlatResult(tuple(map(_to_meta, outputs)), tuple(map(_to_meta, aux)), static)
-
-
-class _Linearized:
-    """A flat function that returns its result, the residuals of its vjp, and, as `Static`, the `_Pullback`."""
-
-    def __init__(self, fn: FlatFunction, wrt: tuple[int, ...], states: Sequence[int]):
-        self._fn = fn
-        self._wrt = wrt
-        self._states = states
-
-    def __call__(self, *arrays: Array) -> tuple[FlatResult, list[Array], Static]:
-        restricted, primals = restrict(self._fn, self._wrt, arrays)
-        floats, pullback, (others, aux, static) = jax.vjp(restricted, *primals, has_aux=True)
-        remaining = iter(floats)
-        outputs = tuple(next(remaining) if other is None else other for other in others)
-        leaves, structure = jax.tree_util.tree_flatten(pullback)
-        # An argument need not be returned to be had again; but what was state will have been overwritten.
-        arguments = {id(array): index for index, array in enumerate(arrays)}
-        state = {id(arrays[index]) for index in self._states}
-        residuals = [
-            jax.numpy.copy(leaf) if id(leaf) in state else leaf
-            for leaf in leaves
-            if id(leaf) not in arguments or id(leaf) in state
-        ]
-        places = [None if id(leaf) in state else arguments.get(id(leaf)) for leaf in leaves]
-        return FlatResult(outputs, aux, static), residuals, Static(_Pullback(structure, places))
-
-
-class _Pullback:
-    """What makes gradients of cotangents, given the arguments and the residuals of the forward call.
-
-    Attributes:
-        arguments: Which of the arguments of the forward call it needs.
-    """
-
-    def __init__(self, structure: Any, places: Sequence[int | None]):
-        self._structure = structure
-        self._places = places
-        self.arguments = sorted({place for place in places if place is not None})
-        self._jitted = jax.jit(self._pull_back)
-
-    def __call__(self, *arrays: Array) -> tuple[Array, ...]:
-        """Takes these arguments, the residuals and the cotangents."""
-        return self._jitted(*arrays)
-
-    def _pull_back(self, *arrays: Array) -> tuple[Array, ...]:
-        remaining = iter(arrays)
-        arguments = {index: next(remaining) for index in self.arguments}
-        leaves = [
-            next(remaining) if place is None else arguments[place] for place in self._places
-        ]
-        pullback = jax.tree_util.tree_unflatten(self._structure, leaves)
-        gradients = pullback([conjugate(cotangent) for cotangent in remaining])
-        return tuple(conjugate(gradient) for gradient in gradients)
 
 
 class _Record(torch.autograd.Function):
@@ -267,12 +224,27 @@ class _Record(torch.autograd.Function):
         else:
             arguments = [ctx.function.array(tensors, index) for index in ctx.pullback.arguments]
             arrays = ctx.pullback(*arguments, *ctx.residuals, *map(_to_jax, received))
-            (gradients,) = _to_torch(arrays)
+            gradients = _gradients([tensors[index] for index in ctx.wrt], *arrays)
         result: list[Any] = [None] * (3 + len(tensors))
         for index, gradient in zip(ctx.wrt, gradients, strict=True):
             dtype = tensors[index].dtype
             result[3 + index] = gradient if gradient.dtype is dtype else gradient.to(dtype)
         return tuple(result)
+
+
+def _gradients(
+    tensors: Sequence[Tensor], vectors: dict[tuple[int, ...], Array], others: dict[int, Array]
+) -> list[Tensor]:
+    """The gradients for tensors, of what a `Pullback` returns."""
+    gradients: list[Any] = [None] * len(tensors)
+    flat, alone = _to_torch(vectors.values(), others.values())
+    for group, vector in zip(vectors, flat, strict=True):
+        parts = _unflatten_dense_tensors(vector, [tensors[index] for index in group])
+        for index, part in zip(group, parts, strict=True):
+            gradients[index] = part
+    for index, gradient in zip(others, alone, strict=True):
+        gradients[index] = gradient
+    return gradients
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -327,9 +299,11 @@ def _jax_has_cuda() -> bool:
         return False
 
 
-def _to_torch(*groups: Iterable[jax.Array]) -> tuple[tuple[Tensor, ...], ...]:
+def _to_torch(*groups: Collection[jax.Array]) -> tuple[tuple[Tensor, ...], ...]:
     # Once these are ready, JAX has read its inputs, which alias tensors that torch may now write to.
-    jax.block_until_ready(groups)
+    for group in groups:
+        for array in group:
+            array.block_until_ready()
     return tuple(
         tuple([torch.from_dlpack(array.__dlpack__()) for array in group]) for group in groups
     )

@@ -1,0 +1,113 @@
+"""The vjp of a flat function in two halves, with few arrays to keep between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxwrap._bridge._base import conjugate, restrict
+from jaxwrap._typing import Array, FlatFunction, FlatResult, Static
+
+# What takes less time to compute again, within what XLA fuses, than to write and to pass on as one more array.
+_CHEAP = frozenset(
+    "abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos div erf exp exp2 expm1 expand_dims "
+    "floor integer_pow iota log log1p logistic max min mul neg not or pow reduce_max reduce_min reduce_sum reshape "
+    "rsqrt select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor".split()
+)
+# Gradients of up to so many bytes come in one array, as it takes longer to pass an array on than to copy it.
+_SMALL = 1 << 16
+
+
+def _is_worth_keeping(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _CHEAP
+
+
+class Linearized:
+    """A flat function that returns its result, the residuals of its vjp, and, as `Static`, the `Pullback`.
+
+    Residuals that are cheap to compute are computed again (`jax.checkpoint`): a layer of many small operations would
+    otherwise have several for each of its parameters.
+    """
+
+    def __init__(self, fn: FlatFunction, wrt: tuple[int, ...], states: Sequence[int]):
+        """Takes the function.
+
+        Args:
+            fn: The flat function.
+            wrt: The arguments for which gradients are wanted.
+            states: Those that will have been overwritten when they are.
+        """
+        self._fn = fn
+        self._wrt = wrt
+        self._states = states
+
+    def __call__(self, *arrays: Array) -> tuple[FlatResult, list[Array], Static]:
+        restricted, primals = restrict(self._fn, self._wrt, arrays)
+        try:
+            frugal = jax.checkpoint(restricted, policy=_is_worth_keeping, prevent_cse=False)
+            floats, pullback, (others, aux, static) = jax.vjp(frugal, *primals, has_aux=True)
+        except NotImplementedError:  # some effects forbid that anything is computed again
+            floats, pullback, (others, aux, static) = jax.vjp(restricted, *primals, has_aux=True)
+        remaining = iter(floats)
+        outputs = tuple(next(remaining) if other is None else other for other in others)
+        leaves, structure = jax.tree_util.tree_flatten(pullback)
+        # An argument need not be returned to be had again, unless it will have been overwritten.
+        arguments = {id(array): index for index, array in enumerate(arrays)}
+        places = [arguments.get(id(leaf)) for leaf in leaves]
+        residuals = []
+        for index, leaf in enumerate(leaves):
+            if places[index] in self._states:
+                residuals.append(jnp.copy(leaf))
+                places[index] = None
+            elif places[index] is None:
+                residuals.append(leaf)
+        return FlatResult(outputs, aux, static), residuals, Static(Pullback(structure, places))
+
+
+class Pullback:
+    """What makes gradients of cotangents, given the arguments and the residuals of the forward call.
+
+    Attributes:
+        arguments: Which of the arguments of the forward call it needs.
+    """
+
+    def __init__(self, structure: Any, places: Sequence[int | None]):
+        self._structure = structure
+        self._places = places
+        self.arguments = sorted({place for place in places if place is not None})
+        self._jitted = jax.jit(self._pull_back)
+
+    def __call__(self, *arrays: Array) -> tuple[dict[tuple[int, ...], Array], dict[int, Array]]:
+        """Takes these arguments, the residuals and the cotangents.
+
+        Returns:
+            Gradients by their indices: the small ones of a dtype in one vector, one after the other; and the others.
+        """
+        vectors, others, static = self._jitted(*arrays)
+        return dict(zip(static.value[0], vectors, strict=True)), dict(
+            zip(static.value[1], others, strict=True)
+        )
+
+    def _pull_back(self, *arrays: Array) -> tuple[list[Array], list[Array], Static]:
+        remaining = iter(arrays)
+        arguments = {index: next(remaining) for index in self.arguments}
+        leaves = [
+            next(remaining) if place is None else arguments[place] for place in self._places
+        ]
+        pullback = jax.tree_util.tree_unflatten(self._structure, leaves)
+        gradients = pullback([conjugate(cotangent) for cotangent in remaining])
+        gradients = [conjugate(gradient) for gradient in gradients]
+        small: dict[Any, list[int]] = {}
+        for index, gradient in enumerate(gradients):
+            if 0 < gradient.size * gradient.dtype.itemsize <= _SMALL:
+                small.setdefault(gradient.dtype, []).append(index)
+        groups = tuple(tuple(group) for group in small.values() if len(group) > 1)
+        packed = {index for group in groups for index in group}
+        alone = tuple(index for index in range(len(gradients)) if index not in packed)
+        vectors = [
+            jnp.concatenate([gradients[index].reshape(-1) for index in group]) for group in groups
+        ]
+        return vectors, [gradients[index] for index in alone], Static((groups, alone))
