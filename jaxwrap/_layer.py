@@ -374,9 +374,7 @@ class JaxLayer(WeightedLayer):
         params, state = self._leaves
         generators = self._generators().values()
         held = [*params.variables, *state.variables, *(g.state for g in generators)]
-        outputs, loss, aux, told = self._calls(
-            [*current_values(held), *fed], structure, training
-        )
+        outputs, loss, aux, told = self._calls([*current_values(held), *fed], structure, training)
         if training or self.update_state_in_inference:
             for index, value in zip(told.changed, aux, strict=False):
                 state.variables[index].assign(value)
@@ -457,9 +455,7 @@ class JaxLayer(WeightedLayer):
             leaves = jax.tree_util.tree_leaves(outputs)
             self._last_call.output_shapes = [tuple(leaf.shape) for leaf in leaves]
 
-    def _check_nest(
-        self, given: dict[str, PyTree], received: Structure, training: bool
-    ) -> None:
+    def _check_nest(self, given: dict[str, PyTree], received: Structure, training: bool) -> None:
         """Tries arguments of another structure than the layer was built for, before anything is drawn or assigned."""
         _, built = partition(self._specs, lambda leaf: isinstance(leaf, Spec))
         if received != built:

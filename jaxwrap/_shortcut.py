@@ -36,7 +36,7 @@ class Shortcut:
 
         Args:
             layer: The layer.
-            kind: What is the same for calls alike: the structure of the arguments, and the type, dtype and rank of each.
+            kind: What is the same for calls alike: the structure of the arguments; type, dtype and rank of each.
             args: The arguments.
             kwargs: Likewise.
             leaves: Their leaves.
@@ -55,9 +55,7 @@ class Shortcut:
         ):
             self._kinds.add(kind)
 
-    def is_open(
-        self, layer: keras.layers.Layer, kind: Hashable, leaves: Iterable[Any]
-    ) -> bool:
+    def is_open(self, layer: keras.layers.Layer, kind: Hashable, leaves: Iterable[Any]) -> bool:
         """Whether a call may take the shortcut."""
         return (
             kind in self._kinds
@@ -66,7 +64,7 @@ class Shortcut:
             and layer.input_spec is None
             and not in_stateless_scope()
             and get_global_attribute("distribution") is None
-            and all([getattr(leaf, "_keras_mask", None) is None for leaf in leaves])
+            and all(getattr(leaf, "_keras_mask", None) is None for leaf in leaves)
         )
 
 
@@ -75,7 +73,9 @@ def _goes_uncast(leaf: Any, layer: keras.layers.Layer) -> bool:
     if not get_bridge().is_concrete(leaf):
         return False
     dtype = keras.backend.standardize_dtype(leaf.dtype)
-    return not layer.autocast or not keras.backend.is_float_dtype(dtype) or dtype == layer.input_dtype
+    return (
+        not layer.autocast or not keras.backend.is_float_dtype(dtype) or dtype == layer.input_dtype
+    )
 
 
 def enter(layer: keras.layers.Layer, training: bool | None) -> bool:

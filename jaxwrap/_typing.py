@@ -45,7 +45,11 @@ class Role(enum.Enum):
     CONSTANT = ("no gradient", False, False)
     PARAMETER = ("a gradient may be asked for; the value of a variable", True, True)
     FROZEN = ("no gradient; the value of a variable", False, True)
-    STATE = ("as FROZEN, and the caller may overwrite it as soon as the call has returned", False, True)
+    STATE = (
+        "as FROZEN, and the caller may overwrite it as soon as the call has returned",
+        False,
+        True,
+    )
 
     def __init__(self, meaning: str, differentiable: bool, held: bool):
         self.meaning = meaning

@@ -12,11 +12,26 @@ from jaxwrap._bridge._base import conjugate, restrict
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Static
 
 # What takes less time to compute again, within what XLA fuses, than to write and to pass on as one more array.
-_CHEAP = frozenset(
-    "abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos div erf exp exp2 expm1 expand_dims "
-    "floor integer_pow iota log log1p logistic max min mul neg not or pow reduce_max reduce_min reduce_sum reshape "
-    "rsqrt select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor".split()
-)
+_CHEAP = {
+    *("abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp"),
+    *("convert_element_type", "copy", "cos", "div", "erf", "exp", "exp2", "expm1", "expand_dims"),
+    *(
+        "floor",
+        "integer_pow",
+        "iota",
+        "log",
+        "log1p",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "neg",
+        "not",
+        "or",
+    ),
+    *("pow", "reduce_max", "reduce_min", "reduce_sum", "reshape", "rsqrt", "select_n", "sign"),
+    *("sin", "sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh", "transpose", "xor"),
+}
 # Gradients of up to so many bytes come in one array, as it takes longer to pass an array on than to copy it.
 _SMALL = 1 << 16
 
@@ -49,7 +64,7 @@ class Linearized:
         try:
             frugal = jax.checkpoint(restricted, policy=_is_worth_keeping, prevent_cse=False)
             floats, pullback, (others, aux, static) = jax.vjp(frugal, *primals, has_aux=True)
-        except NotImplementedError:  # some effects forbid that anything is computed again
+        except (NotImplementedError, TypeError):  # JAX does not do that with some effects, nor with complex numbers
             floats, pullback, (others, aux, static) = jax.vjp(restricted, *primals, has_aux=True)
         remaining = iter(floats)
         outputs = tuple(next(remaining) if other is None else other for other in others)
@@ -94,9 +109,7 @@ class Pullback:
     def _pull_back(self, *arrays: Array) -> tuple[list[Array], list[Array], Static]:
         remaining = iter(arrays)
         arguments = {index: next(remaining) for index in self.arguments}
-        leaves = [
-            next(remaining) if place is None else arguments[place] for place in self._places
-        ]
+        leaves = [next(remaining) if place is None else arguments[place] for place in self._places]
         pullback = jax.tree_util.tree_unflatten(self._structure, leaves)
         gradients = pullback([conjugate(cotangent) for cotangent in remaining])
         gradients = [conjugate(gradient) for gradient in gradients]

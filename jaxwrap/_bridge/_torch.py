@@ -125,7 +125,7 @@ class _Function:
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
         tensors = tuple([t if isinstance(t, torch.Tensor) else _as_tensor(t) for t in tensors])
-        if not all([tensor.is_cpu for tensor in tensors]):
+        if not all(tensor.is_cpu for tensor in tensors):
             if any(tensor.is_meta for tensor in tensors):
                 return self._infer(tensors)
             _check_devices(tensors)
