@@ -19,6 +19,7 @@ from jaxwrap.adapters import (
     register_adapter,
     wrap,
 )
+from jaxwrap.optimizers import OptaxOptimizer
 
 __all__ = [
     "CallResult",
@@ -27,6 +28,7 @@ __all__ = [
     "HaikuLayer",
     "JaxLayer",
     "NNXLayer",
+    "OptaxOptimizer",
     "Rule",
     "export_saved_model",
     "register_adapter",

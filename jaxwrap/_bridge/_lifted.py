@@ -1,0 +1,20 @@
+"""Out of a function that the backend compiles, to where the values of variables are known."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import keras
+
+
+def lifted() -> contextlib.AbstractContextManager[Any]:
+    """A scope in which variables can be read and made although a `tf.function` is being traced around it.
+
+    Other backends need none: what JAX traces has no values anywhere, and PyTorch traces no training step of Keras.
+    """
+    if keras.config.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
