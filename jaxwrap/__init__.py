@@ -19,6 +19,8 @@ from jaxwrap.adapters import (
     register_adapter,
     wrap,
 )
+from jaxwrap.losses import JaxLoss
+from jaxwrap.metrics import JaxMetric
 from jaxwrap.optimizers import OptaxOptimizer
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "FlaxLayer",
     "HaikuLayer",
     "JaxLayer",
+    "JaxLoss",
+    "JaxMetric",
     "NNXLayer",
     "OptaxOptimizer",
     "Rule",

@@ -16,7 +16,7 @@ LAYERS = [
     ["adapters", "checkpoints", "_export", "optimizers", "losses", "metrics"],
     ["_layer"],
     ["_weights"],
-    ["_storage", "_state"],
+    ["_storage", "_state", "_predictions"],
     ["_function", "_variables", "_pure", "_metrics"],
     ["_arguments"],
     ["_specs", "_rules"],
