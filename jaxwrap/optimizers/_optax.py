@@ -10,7 +10,7 @@ import jax
 import keras
 
 from jaxwrap._bridge import get_bridge
-from jaxwrap._bridge._lifted import lifted
+from jaxwrap._bridge._training import dense, lifted
 from jaxwrap._serialization import deserialize, serialize
 from jaxwrap._storage import load, save, stored_paths
 from jaxwrap._typing import PyTree, Tensor
@@ -202,8 +202,8 @@ class OptaxOptimizer(RatedOptimizer):
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Scales the loss, as Keras's training steps have it done; keeps it for a transformation that needs it."""
-        # On JAX it is known only to the function that is being differentiated.
-        needed = self._step.needed if self._step else ()
+        # Keras may build the optimizer after this. On JAX only the function that is differentiated knows the loss.
+        needed = self._step.needed if self._step else ("value",)
         if "value" in needed and not isinstance(loss, jax.core.Tracer):
             self._keep("_loss", keras.ops.stop_gradient(loss))
         return super().scale_loss(loss)
@@ -240,9 +240,8 @@ class OptaxOptimizer(RatedOptimizer):
         is_tensor = get_bridge().is_tensor
         gradients: list[Any] = [None] * len(self._places)
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            # That of an embedding may be sparse.
-            dense = gradient if is_tensor(gradient) else keras.ops.convert_to_tensor(gradient)
-            gradients[self._places[self._var_key(variable)]] = dense
+            tensor = gradient if is_tensor(gradient) else dense(gradient)
+            gradients[self._places[self._var_key(variable)]] = tensor
         rate = None
         if self._recipe.takes_rate:
             rate = keras.ops.convert_to_tensor(value_of(learning_rate))

@@ -1,4 +1,4 @@
-"""Out of a function that the backend compiles, to where the values of variables are known."""
+"""What optimizers need to know of a backend, beside its tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 from typing import Any
 
 import keras
+
+from jaxwrap._typing import Tensor
 
 
 def lifted() -> contextlib.AbstractContextManager[Any]:
@@ -18,3 +20,12 @@ def lifted() -> contextlib.AbstractContextManager[Any]:
     import tensorflow as tf
 
     return tf.init_scope()
+
+
+def dense(gradient: Any) -> Tensor:
+    """A gradient as a tensor: TensorFlow has that of an embedding as slices."""
+    if keras.config.backend() != "tensorflow":
+        return keras.ops.convert_to_tensor(gradient)
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(gradient)
