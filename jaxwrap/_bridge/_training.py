@@ -7,8 +7,6 @@ from typing import Any
 
 import keras
 
-from jaxwrap._typing import Tensor
-
 
 def lifted() -> contextlib.AbstractContextManager[Any]:
     """A scope in which variables can be read and made although a `tf.function` is being traced around it.
@@ -22,10 +20,10 @@ def lifted() -> contextlib.AbstractContextManager[Any]:
     return tf.init_scope()
 
 
-def dense(gradient: Any) -> Tensor:
-    """A gradient as a tensor: TensorFlow has that of an embedding as slices."""
+def dense(gradient: Any) -> Any:
+    """A gradient that is no tensor, made one if it is TensorFlow's own kind: slices, for an embedding."""
     if keras.config.backend() != "tensorflow":
-        return keras.ops.convert_to_tensor(gradient)
+        return gradient
     import tensorflow as tf
 
     return tf.convert_to_tensor(gradient)

@@ -75,7 +75,7 @@ _LIBRARY_NAMES = {
         "schedule_free_sgd simplified_ademamix sophia"
     ),
     "optax.losses": (
-        "binary_dice_loss convex_kl_divergence cosine_distance cosine_similarity dice_loss generalized_kl_divergence "
+        "binary_dice_loss cosine_distance cosine_similarity dice_loss generalized_kl_divergence "
         "hinge_loss huber_loss kl_divergence kl_divergence_with_log_targets l2_loss log_cosh "
         "multiclass_generalized_dice_loss multiclass_hinge_loss multiclass_perceptron_loss multiclass_sparsemax_loss "
         "ntxent perceptron_loss poly_loss_cross_entropy ranking_softmax_loss safe_softmax_cross_entropy "

@@ -24,7 +24,8 @@ class JaxLoss(keras.losses.Loss):
             those of the examples. Its first two arguments go by name: `labels`, `targets` or `y_true` are the labels,
             and `logits`, `predictions`, `scores` or `y_pred` the predictions, so that the functions of `optax.losses`
             can be passed as they are. If the names do not say, labels come first, as in Keras. Others are fixed by
-            `functools.partial`. Labels and predictions may be nested.
+            `functools.partial`. Labels and predictions may be nested. Where it returns a number for each number of the
+            predictions, as `optax.losses.squared_error` does, the last axis is averaged, as by Keras's losses.
         reduction: As in Keras: `"sum_over_batch_size"`, `"sum"`, `"mean"`, `"mean_with_sample_weight"`, or None.
         name: The name of the loss.
         dtype: The dtype to compute in; by default `keras.config.floatx()`. Predictions are cast to it, and labels that
@@ -71,7 +72,10 @@ class JaxLoss(keras.losses.Loss):
     def call(self, y_true: PyTree, y_pred: PyTree) -> Tensor:
         """The loss of each example."""
         given = self._given[-1] if self._given else y_true
-        return self._on_tensors(jax.tree.map(_uncast, y_true, given), y_pred)
+        loss = self._on_tensors(jax.tree.map(_uncast, y_true, given), y_pred)
+        shape = tuple(getattr(y_pred, "shape", ()))
+        is_elementwise = len(shape) > 1 and tuple(loss.shape) == shape
+        return keras.ops.mean(loss, axis=-1) if is_elementwise else loss
 
     def get_config(self) -> dict[str, Any]:
         """The configuration, of data and registered names.

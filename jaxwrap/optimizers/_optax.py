@@ -240,8 +240,9 @@ class OptaxOptimizer(RatedOptimizer):
         is_tensor = get_bridge().is_tensor
         gradients: list[Any] = [None] * len(self._places)
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            tensor = gradient if is_tensor(gradient) else dense(gradient)
-            gradients[self._places[self._var_key(variable)]] = tensor
+            if not is_tensor(gradient):
+                gradient = keras.ops.convert_to_tensor(dense(gradient), sparse=False)
+            gradients[self._places[self._var_key(variable)]] = gradient
         rate = None
         if self._recipe.takes_rate:
             rate = keras.ops.convert_to_tensor(value_of(learning_rate))
