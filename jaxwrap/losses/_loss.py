@@ -49,7 +49,7 @@ class JaxLoss(keras.losses.Loss):
         name: str | None = None,
         dtype: Any = None,
     ):
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        super().__init__(name=name, reduction=reduction, dtype=dtype)  # pyright: ignore[reportArgumentType]
         self.fn = fn
         self._on_tensors = PairFunction(fn, self._owner)
         self._given: list[PyTree] = []

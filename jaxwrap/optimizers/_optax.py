@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import keras
+from jax.core import Tracer
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._bridge._training import dense, lifted
@@ -204,7 +205,7 @@ class OptaxOptimizer(RatedOptimizer):
         """Scales the loss, as Keras's training steps have it done; keeps it for a transformation that needs it."""
         # Keras may build the optimizer after this. On JAX only the function that is differentiated knows the loss.
         needed = self._step.needed if self._step else ("value",)
-        if "value" in needed and not isinstance(loss, jax.core.Tracer):
+        if "value" in needed and not isinstance(loss, Tracer):
             self._keep("_loss", keras.ops.stop_gradient(loss))
         return super().scale_loss(loss)
 

@@ -105,7 +105,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
             return keras.optimizers.schedules.serialize(rate)
         if callable(rate):
             return serialize(rate, "learning_rate", self._owner)
-        return float(keras.ops.convert_to_numpy(value_of(rate)))
+        return float(keras.ops.convert_to_numpy(value_of(rate)))  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def _rate_from_config(config: Any, custom_objects: Any, owner: str) -> Any:

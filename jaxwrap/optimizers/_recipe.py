@@ -145,7 +145,7 @@ def needed_arguments(transformation: Any, params: PyTree, owner: str) -> tuple[s
     return ()
 
 
-def injected(state: PyTree, find: Callable[[dict[str, Any]], Any]) -> list[Any]:
+def injected(state: PyTree, find: Callable[[Any], Any]) -> list[Any]:
     """What `find` finds in the hyperparameters of each `optax.inject_hyperparams` of a state, None left out."""
 
     def is_injected(node: Any) -> bool:
