@@ -27,3 +27,12 @@ def dense(gradient: Any) -> Any:
     import tensorflow as tf
 
     return tf.convert_to_tensor(gradient)
+
+
+def replicas() -> int:
+    """On how many devices `tf.distribute` runs the same step; elsewhere it is not the optimizer that would know."""
+    if keras.config.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync

@@ -11,7 +11,7 @@ import keras
 from jax.core import Tracer
 
 from jaxwrap._bridge import get_bridge
-from jaxwrap._bridge._training import dense, lifted
+from jaxwrap._bridge._training import dense, lifted, replicas
 from jaxwrap._serialization import deserialize, serialize
 from jaxwrap._storage import load, save, stored_paths
 from jaxwrap._typing import PyTree, Tensor
@@ -104,8 +104,14 @@ class OptaxOptimizer(RatedOptimizer):
             variables: The variables to train.
 
         Raises:
-            ValueError: If the transformation needs what a Keras optimizer cannot give.
+            ValueError: If the transformation needs what a Keras optimizer cannot give; or under a `tf.distribute`
+                strategy of several replicas.
         """
+        if (count := replicas()) > 1:
+            raise ValueError(
+                f"{self._owner}: a `tf.distribute` strategy with {count} replicas is not supported, as their gradients "
+                "would not be summed. Train on one device, or use an optimizer of Keras."
+            )
         # Keras may build an optimizer when it compiles the first training step.
         with lifted():
             step = self._make_step(variables)
