@@ -19,6 +19,9 @@ from jaxwrap.adapters import (
     register_adapter,
     wrap,
 )
+from jaxwrap.losses import JaxLoss
+from jaxwrap.metrics import JaxMetric
+from jaxwrap.optimizers import OptaxOptimizer
 
 __all__ = [
     "CallResult",
@@ -26,7 +29,10 @@ __all__ = [
     "FlaxLayer",
     "HaikuLayer",
     "JaxLayer",
+    "JaxLoss",
+    "JaxMetric",
     "NNXLayer",
+    "OptaxOptimizer",
     "Rule",
     "export_saved_model",
     "register_adapter",

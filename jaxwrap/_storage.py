@@ -59,8 +59,7 @@ def load(
             not what was written.
     """
     if _PATHS in store:
-        listed = np.asarray(store[_PATHS]).tobytes().decode(errors="replace").split("\n")
-        arrays = {path: np.asarray(store[path]) for path in listed if path and path in store}
+        arrays = {path: np.asarray(store[path]) for path in stored_paths(store) if path in store}
         whole = _CHECKSUM not in store or np.array_equal(store[_CHECKSUM], _checksum(arrays))
     else:
         by_number = {str(number): path for number, path in enumerate(in_order)}
@@ -102,6 +101,14 @@ def load(
         assign(weights[path], value)
     for name, state in states.items():
         seeds[name].assign(state.astype("uint32"))
+
+
+def stored_paths(store: Any) -> list[str]:
+    """The paths in a file, in the order in which they were written; in a file of Keras's own layers, the numbers."""
+    if _PATHS not in store:
+        return sorted(map(str, store.keys()), key=lambda key: (len(key), key))
+    listed = np.asarray(store[_PATHS]).tobytes().decode(errors="replace").split("\n")
+    return [path for path in listed if path]
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> int:

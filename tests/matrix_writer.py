@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+import optax
 
 import jaxwrap
 
@@ -69,6 +70,41 @@ def trained():
     return model
 
 
+@register
+def noisy_steps(learning_rate):
+    """A state of floats, counters, flags and keys."""
+    noise = optax.add_noise(1e-3, 0.5, key=jax.random.key(1))
+    inner = optax.chain(noise, optax.contrib.muon(learning_rate))
+    return optax.apply_if_finite(optax.MultiSteps(inner, 2).gradient_transformation(), 3)
+
+
+def trained_by_optax():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="dense")(inputs))
+    model.compile(jaxwrap.OptaxOptimizer(noisy_steps, learning_rate=1e-2), "mse")
+    train_on(model)
+    return model
+
+
+def train_on(model):
+    model.fit(inputs(), np.ones((6, 2)), batch_size=2, shuffle=False, verbose=0)
+
+
+def all_values(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return {f"{index:03d}": plain(v.value) for index, v in enumerate(variables)}
+
+
+def write_trained_by_optax(folder):
+    """A model in the midst of its training, and what it is at the next epoch's end."""
+    model = trained_by_optax()
+    model.save(folder / "optax.keras")
+    saved = {f"saved.{name}": value for name, value in all_values(model).items()}
+    train_on(model)
+    resumed = {f"resumed.{name}": value for name, value in all_values(model).items()}
+    np.savez(folder / "optax.npz", **saved, **resumed)
+
+
 def write(model, folder):
     """Everything that there is of a model."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +121,8 @@ def write(model, folder):
     # What the loaded model computes next in training, dropout and noise included.
     training = plain(model(inputs(), training=True))
     np.savez(folder / "arrays.npz", inference=outputs, training=training, **values)
+    if keras.config.backend() != "numpy":
+        write_trained_by_optax(folder)
 
 
 def plain(tensor):

@@ -13,10 +13,10 @@ SOURCE = pathlib.Path(jaxwrap.__file__).parent
 # Left to right only.
 LAYERS = [
     ["__init__"],
-    ["adapters", "checkpoints", "_export"],
+    ["adapters", "checkpoints", "_export", "optimizers", "losses", "metrics"],
     ["_layer"],
     ["_weights"],
-    ["_storage"],
+    ["_storage", "_state", "_predictions"],
     ["_function", "_variables", "_pure", "_metrics"],
     ["_arguments"],
     ["_specs", "_rules"],

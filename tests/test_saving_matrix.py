@@ -12,7 +12,7 @@ import matrix_writer
 import numpy as np
 import pytest
 from backends import to_numpy
-from matrix_writer import inputs, make, plain, trained, write
+from matrix_writer import all_values, inputs, make, plain, train_on, trained, write
 
 import jaxwrap
 
@@ -83,6 +83,22 @@ def test_what_one_backend_wrote_another_reads(source, way, folders, backend):
         # The optimizer as well, where there is one on both sides.
         compiled = backend.trains and source != "numpy"
         assert_as_written(read(folders[source], way, compiled), arrays)
+
+
+@pytest.mark.trains
+@pytest.mark.xdist_group("written")
+@pytest.mark.parametrize("source", [name for name in BACKENDS if name != "numpy"])
+def test_a_training_by_optax_goes_on_on_another_backend(source, folders):
+    model = keras.models.load_model(folders[source] / "optax.keras")
+    with np.load(folders[source] / "optax.npz") as arrays:
+        for name, value in all_values(model).items():
+            np.testing.assert_array_equal(value, arrays[f"saved.{name}"])
+        train_on(model)
+        for name, value in all_values(model).items():
+            expected = arrays[f"resumed.{name}"]
+            if source == BACKEND:
+                np.testing.assert_array_equal(value, expected)
+            np.testing.assert_allclose(value, expected, 1e-5, 1e-6)
 
 
 def copies():

@@ -64,6 +64,24 @@ _LIBRARY_NAMES = {
         "Linear MLP MaxPool1d MaxPool2d MaxPool3d MultiheadAttention PReLU RMSNorm RotaryPositionalEmbedding "
         "Sequential SpectralNorm WeightNorm"
     ),
+    # Optax: factories of transformations, and functions of arrays.
+    "optax": (
+        "adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb lars lbfgs lion "
+        "noisy_sgd novograd optimistic_adam_v2 optimistic_gradient_descent polyak_sgd radam rmsprop rprop sgd "
+        "sign_sgd signum sm3 yogi"
+    ),
+    "optax.contrib": (
+        "acprop ademamix adopt cocob dadapt_adamw dpsgd galore madgrad momo momo_adam muon prodigy schedule_free_adamw "
+        "schedule_free_sgd simplified_ademamix sophia"
+    ),
+    "optax.losses": (
+        "binary_dice_loss cosine_distance cosine_similarity dice_loss generalized_kl_divergence "
+        "hinge_loss huber_loss kl_divergence kl_divergence_with_log_targets l2_loss log_cosh "
+        "multiclass_generalized_dice_loss multiclass_hinge_loss multiclass_perceptron_loss multiclass_sparsemax_loss "
+        "ntxent perceptron_loss poly_loss_cross_entropy ranking_softmax_loss safe_softmax_cross_entropy "
+        "sigmoid_binary_cross_entropy sigmoid_focal_loss softmax_cross_entropy "
+        "softmax_cross_entropy_with_integer_labels sparsemax_loss squared_error"
+    ),
     "numpy": (
         "bool_ complex128 complex64 float16 float32 float64 int16 int32 int64 int8 uint16 uint32 uint64 uint8"
     ),
@@ -78,6 +96,10 @@ _LIBRARY_FACTORIES = {
         "constant delta_orthogonal normal orthogonal truncated_normal uniform variance_scaling"
     ),
     "flax.linen": "with_logical_partitioning with_partitioning",
+    "optax.schedules": (
+        "constant_schedule exponential_decay join_schedules piecewise_constant_schedule polynomial_schedule "
+        "cosine_decay_schedule"
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import enum
 import functools
 import inspect
@@ -221,9 +222,10 @@ class _Serializer:
 
 def _arguments_of_maker(fn: Callable[..., Any], factory: Callable[..., Any]) -> dict[str, Any]:
     """The arguments with which a factory has made a function: what it closes over, and its defaults."""
-    cells = dict(
-        zip(fn.__code__.co_freevars, (c.cell_contents for c in fn.__closure__ or ()), strict=True)
-    )
+    cells = {}
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a variable that the factory has not set
+            cells[name] = cell.cell_contents
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(fn, follow_wrapped=False).parameters.items()

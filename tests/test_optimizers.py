@@ -1,0 +1,745 @@
+"""`OptaxOptimizer` beside native Optax, run in the same process on the same gradients."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+from backends import to_numpy
+from sklearn.datasets import load_digits
+
+import jaxwrap
+
+pytestmark = pytest.mark.trains
+register = jaxwrap.register_serializable("tests_optimizers")
+
+
+@register
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(nn.tanh(nn.Dense(16)(x)))
+
+
+@functools.cache
+def digits():
+    x, y = load_digits(return_X_y=True)
+    return (x[:128] / 16).astype("float32"), y[:128].astype("int32")
+
+
+def loss_of(logits, labels):
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@jax.jit
+def loss_and_gradients(params):
+    x, y = digits()
+    return jax.value_and_grad(lambda p: loss_of(Net().apply({"params": p}, x), y))(params)
+
+
+def make(seed=0):
+    layer = jaxwrap.FlaxLayer(Net(), seed=seed, name="net")
+    return keras.Sequential([keras.Input((64,)), layer], name="model")
+
+
+def params_of(model):
+    return model.layers[0].get_variables()["params"]
+
+
+def gradients_of(model, **changes):
+    """The loss and the gradients, computed by JAX, for the trainable variables of a model."""
+    loss, gradients = loss_and_gradients(params_of(model))
+    by_path = {
+        "/".join(str(key.key) for key in path): gradient
+        for path, gradient in jax.tree_util.tree_leaves_with_path(gradients)
+    }
+    tensors = [
+        keras.ops.convert_to_tensor(np.asarray(by_path[v.path.split("params/")[1]]))
+        for v in model.trainable_variables
+    ]
+    return float(loss), tensors
+
+
+def train(model, optimizer, steps, **extra):
+    for _ in range(steps):
+        loss, gradients = gradients_of(model)
+        given = dict.fromkeys(extra, loss)
+        optimizer.apply(gradients, model.trainable_variables, **given)
+
+
+def train_native(params, transformation, steps, **extra):
+    if isinstance(transformation, optax.MultiSteps):
+        transformation = transformation.gradient_transformation()
+    transformation = optax.with_extra_args_support(transformation)
+    looks_ahead = "lookahead" in transformation.init.__qualname__
+    tree = optax.LookaheadParams.init_synced(params) if looks_ahead else params
+    state = transformation.init(tree)
+
+    @jax.jit
+    def step(tree, state):
+        loss, gradients = loss_and_gradients(tree.fast if looks_ahead else tree)
+        given = dict.fromkeys(extra, loss)
+        updates, state = transformation.update(gradients, state, tree, **given)
+        return optax.apply_updates(tree, updates), state
+
+    for _ in range(steps):
+        tree, state = step(tree, state)
+    return (tree.fast if looks_ahead else tree), state
+
+
+def assert_close(received, expected, tolerance=1e-5):
+    """Within a relative tolerance, of the largest number of each array."""
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, one), two in zip(leaves, jax.tree.leaves(received), strict=True):
+        one, two = np.asarray(one, "float64"), np.asarray(two, "float64")
+        scale = np.abs(one).max() if tolerance else 0
+        np.testing.assert_allclose(two, one, tolerance, tolerance * scale, err_msg=str(path))
+
+
+def values(optimizer):
+    return {v.path.split("/", 1)[1]: to_numpy(v.value) for v in optimizer.variables}
+
+
+CHAIN = lambda: optax.chain(  # noqa: E731
+    optax.clip_by_global_norm(0.5), optax.adamw(optax.cosine_decay_schedule(1e-2, 40))
+)
+TRANSFORMATIONS = {
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 3),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(1e-2), 3),
+    "lookahead": lambda: optax.lookahead(optax.sgd(0.1), sync_period=5, slow_step_size=0.5),
+    "schedule_free": lambda: optax.contrib.schedule_free_adamw(1e-2),
+    "muon": lambda: optax.contrib.muon(1e-2),
+    "prodigy": lambda: optax.contrib.prodigy(),
+    "lion": lambda: optax.lion(1e-3),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
+    "lamb": lambda: optax.lamb(1e-2),
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "chain": CHAIN,
+    "noise": lambda: optax.chain(optax.add_noise(0.01, 0.5, key=jax.random.key(3)), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_fifty_steps_are_those_of_optax(name):
+    model = make()
+    expected, state = train_native(params_of(model), TRANSFORMATIONS[name](), 50)
+    optimizer = jaxwrap.OptaxOptimizer(TRANSFORMATIONS[name]())
+    train(model, optimizer, 50)
+    assert_close(params_of(model), expected)
+    assert int(optimizer.iterations) == 50
+    # What is no float is the same: counters, flags, keys.
+    inner = optimizer.state.inner if name == "lookahead" else optimizer.state
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(inner), strict=True)
+    exact = [(one, two) for one, two in leaves if not jnp.issubdtype(one.dtype, jnp.floating)]
+    for one, two in exact:
+        is_key = jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key)
+        one = jax.random.key_data(one) if is_key else one
+        np.testing.assert_array_equal(to_numpy(two.value), one)
+        assert two.dtype == str(one.dtype)
+
+
+FACTORIES = {
+    "adamw": functools.partial(optax.adamw, weight_decay=1e-2),
+    "muon": optax.contrib.muon,
+    "prodigy": optax.contrib.prodigy,
+    "schedule_free": optax.contrib.schedule_free_adamw,
+    "adafactor": optax.adafactor,
+    "lion": optax.lion,
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_factories_with_a_learning_rate(name):
+    model, rate = make(), 1.0 if name == "prodigy" else 1e-2
+    expected, _ = train_native(params_of(model), FACTORIES[name](learning_rate=rate), 20)
+    train(model, jaxwrap.OptaxOptimizer(FACTORIES[name], learning_rate=rate), 20)
+    assert_close(params_of(model), expected)
+
+
+# Inside of Keras.
+
+KERAS_ARGUMENTS = [
+    {"clipnorm": 0.05},
+    {"global_clipnorm": 0.1},
+    {"clipvalue": 0.01},
+    {"weight_decay": 0.1},
+    {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+    {"gradient_accumulation_steps": 2, "clipnorm": 0.05},
+    {"loss_scale_factor": 16.0},
+]
+
+
+def fit(model, optimizer, epochs=2, **kwargs):
+    x, y = digits()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss)
+    return model.fit(x, y, epochs=epochs, batch_size=32, shuffle=False, verbose=0, **kwargs)
+
+
+@pytest.mark.parametrize("arguments", KERAS_ARGUMENTS, ids=lambda a: "-".join(a))
+def test_what_keras_does_with_gradients_it_does_here(arguments):
+    one, two = make(), make()
+    fit(one, keras.optimizers.SGD(0.1, momentum=0.9, **arguments))
+    sgd = functools.partial(optax.sgd, momentum=0.9)
+    fit(two, jaxwrap.OptaxOptimizer(sgd, learning_rate=0.1, **arguments))
+    assert_close(params_of(two), params_of(one))
+
+
+def test_fit_is_the_native_loop():
+    model = make()
+    x, y = digits()
+    params, transformation = params_of(model), CHAIN()
+    state = transformation.init(params)
+
+    @jax.jit
+    def step(params, state, x, y):
+        gradients = jax.grad(lambda p: loss_of(Net().apply({"params": p}, x), y))(params)
+        updates, state = transformation.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for start in [*range(0, 128, 32)] * 3:
+        params, state = step(params, state, x[start : start + 32], y[start : start + 32])
+    fit(model, jaxwrap.OptaxOptimizer(CHAIN()), epochs=3)
+    assert_close(params_of(model), params)
+
+
+def test_loops(mode, backend):
+    """`apply`, `apply_gradients` and `stateless_apply`, eager and compiled."""
+    expected, _ = train_native(params_of(make()), optax.adam(1e-2), 3)
+    model = make()
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
+    if backend.name == "jax":
+        optimizer.build(model.trainable_variables)
+        apply = backend.compile(optimizer.stateless_apply, mode)
+        for _ in range(3):
+            trained, own = apply(
+                [v.value for v in optimizer.variables],
+                gradients_of(model)[1],
+                [v.value for v in model.trainable_variables],
+            )
+            pairs = [(model.trainable_variables, trained), (optimizer.variables, own)]
+            for variables, new in pairs:
+                for variable, value in zip(variables, new, strict=True):
+                    variable.assign(value)
+    elif mode != "batch":
+
+        def apply(*gradients):
+            pairs = zip(gradients, model.trainable_variables, strict=True)
+            return optimizer.apply_gradients(pairs)
+
+        apply = backend.compile(apply, mode)
+        for _ in range(3):
+            apply(*gradients_of(model)[1])
+    else:
+        return
+    assert_close(params_of(model), expected)
+
+
+def test_mixed_precision_with_loss_scaling():
+    keras.config.set_dtype_policy("mixed_float16")
+    x, y = digits()
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+    history = fit(model, jaxwrap.OptaxOptimizer(optax.adamw, learning_rate=1e-2), 3)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    inner = model.optimizer.inner_optimizer
+    assert all(v.dtype == "float32" for v in jax.tree.leaves(inner.state[0].mu))
+    # A step that overflows is skipped.
+    before, weights = values(inner), model.get_weights()
+    model.fit(np.full_like(x, np.inf), y, batch_size=128, verbose=0)
+    assert_close(values(inner), before, 0)
+    assert_close(model.get_weights(), weights, 0)
+
+
+def test_gradients_of_embeddings():
+    """They are sparse on TensorFlow."""
+    models = [
+        keras.Sequential([keras.Input((4,)), keras.layers.Embedding(10, 3), keras.layers.Flatten()])
+        for _ in range(2)
+    ]
+    models[1].set_weights(models[0].get_weights())
+    x = np.arange(20).reshape(5, 4) % 7
+    rate = {"learning_rate": 0.5}
+    optimizers = [keras.optimizers.SGD(**rate), jaxwrap.OptaxOptimizer(optax.sgd, **rate)]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model.compile(optimizer, "mse")
+        model.fit(x, np.ones((5, 12)), verbose=0)
+    assert_close(models[1].get_weights(), models[0].get_weights())
+
+
+# Parameters by path.
+
+
+def labels(params):
+    def label(path, leaf):
+        return "head" if "Dense_1" in [key.key for key in path] else "frozen"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+@register
+def head_only(learning_rate):
+    parts = {"head": optax.contrib.muon(learning_rate), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(parts, labels)
+
+
+def is_kernel(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def test_the_params_are_a_nested_dict_by_path():
+    model = keras.Sequential(
+        [keras.Input((64,)), jaxwrap.FlaxLayer(Net(), name="net"), keras.layers.Dense(2, name="d")],
+        name="model",
+    )
+    seen = []
+
+    def update(updates, state, params):
+        seen.append((updates, params))
+        return updates, state
+
+    init = lambda params: seen.append(params) or ()  # noqa: E731
+    optimizer = jaxwrap.OptaxOptimizer(optax.GradientTransformation(init, update))
+    optimizer.build(model.trainable_variables)
+    tree = optimizer.params
+    assert jax.tree.structure(seen[0]) == jax.tree.structure(tree)
+    names = {
+        "/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    assert names == {v.path for v in model.trainable_variables}
+    assert all(
+        "/".join(k.key for k in path) == v.path
+        for path, v in jax.tree_util.tree_leaves_with_path(tree)
+    )
+
+
+def test_multi_transform_by_path():
+    model = make()
+    before = params_of(model)
+    expected, _ = train_native(before, head_only(1e-2), 5)
+    optimizer = jaxwrap.OptaxOptimizer(head_only, learning_rate=1e-2)
+    train(model, optimizer, 5)
+    after = params_of(model)
+    assert_close(after, expected)
+    np.testing.assert_array_equal(after["Dense_0"]["kernel"], before["Dense_0"]["kernel"])
+    assert np.abs(after["Dense_1"]["kernel"] - before["Dense_1"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "make_transformation",
+    [
+        lambda: optax.chain(optax.add_decayed_weights(0.1, mask=is_kernel), optax.sgd(0.1)),
+        lambda: optax.chain(optax.masked(optax.adam(1e-2), is_kernel), optax.scale(0.5)),
+    ],
+    ids=["add_decayed_weights", "masked"],
+)
+def test_masks_by_path(make_transformation):
+    model = make()
+    expected, _ = train_native(params_of(model), make_transformation(), 5)
+    train(model, jaxwrap.OptaxOptimizer(make_transformation()), 5)
+    assert_close(params_of(model), expected)
+
+
+# Freezing.
+
+
+def test_a_variable_without_a_gradient_stays():
+    model = make()
+    optimizer = jaxwrap.OptaxOptimizer(optax.adamw, learning_rate=1e-2)
+    train(model, optimizer, 2)
+    before = params_of(model)
+    _, gradients = gradients_of(model)
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply([None, *gradients[1:]], model.trainable_variables)
+    first = model.trainable_variables[0].path.split("params/")[1].split("/")
+    after = params_of(model)
+    np.testing.assert_array_equal(after[first[0]][first[1]], before[first[0]][first[1]])
+    assert not np.array_equal(after["Dense_1"]["kernel"], before["Dense_1"]["kernel"])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_ema": True}, {"gradient_accumulation_steps": 2}])
+def test_frozen_and_later_unfrozen_variables(arguments):
+    model = make()
+    layer = model.layers[0]
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2, **arguments)
+    layer.freeze("params/Dense_0/.*")
+    start = params_of(model)
+    train(model, optimizer, 4)
+    frozen = params_of(model)
+    np.testing.assert_array_equal(frozen["Dense_0"]["kernel"], start["Dense_0"]["kernel"])
+    kept = values(optimizer)
+    assert not any("/mu/" in name and "Dense_0" in name for name in kept)
+    layer.unfreeze("params/.*")
+    with pytest.raises(
+        ValueError, match=r"built for .*Dense_0.*optimizer\.build\(model\.trainable"
+    ):
+        train(model, optimizer, 1)
+    optimizer.build(model.trainable_variables)
+    grown = values(optimizer)
+    assert_close({name: grown[name] for name in kept}, kept, 0)
+    assert sum("/mu/" in name for name in grown) == 4
+    train(model, optimizer, 4)
+    assert int(to_numpy(optimizer._iterations.value)) == 8
+    thawed = params_of(model)
+    assert np.abs(thawed["Dense_0"]["kernel"] - start["Dense_0"]["kernel"]).max() > 1e-3
+    # And back: those that stay keep their state.
+    layer.freeze("params/Dense_0/.*")
+    kept = values(optimizer)
+    optimizer.build(model.trainable_variables)
+    shrunk = values(optimizer)
+    assert len(shrunk) == len(kept) - 2 * (2 + len(arguments))  # mu and nu; averages or sums
+    assert_close(shrunk, {name: kept[name] for name in shrunk}, 0)
+    fit(model, optimizer, 1)
+
+
+@pytest.mark.only("jax")
+def test_stateless_apply_of_other_variables():
+    model = make()
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
+    optimizer.build(model.trainable_variables[:2])
+    own, trained = ([v.value for v in part] for part in (optimizer.variables, model.variables[:4]))
+    with pytest.raises(ValueError, match=r"built for 2 variables; received 4.*optimizer\.build"):
+        optimizer.stateless_apply(own, gradients_of(model)[1], trained)
+
+
+# Learning rate.
+
+
+def rate_of(optimizer):
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+KERAS_SCHEDULE = {"initial_learning_rate": 0.1, "decay_steps": 10, "decay_rate": 0.5}
+RATES = {
+    "number": (lambda: 0.05, lambda: 0.05),
+    "keras": (
+        lambda: keras.optimizers.schedules.ExponentialDecay(**KERAS_SCHEDULE),
+        lambda: optax.exponential_decay(0.1, 10, 0.5),
+    ),
+    "optax": (
+        lambda: optax.warmup_cosine_decay_schedule(0.01, 0.1, 4, 12),
+        lambda: optax.warmup_cosine_decay_schedule(0.01, 0.1, 4, 12),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_learning_rates(name):
+    given, native = (make_rate() for make_rate in RATES[name])
+    model = make()
+    expected, _ = train_native(params_of(model), optax.adam(native), 8)
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=given)
+    train(model, optimizer, 8)
+    assert_close(params_of(model), expected)
+    wanted = native(8) if callable(native) else native
+    assert rate_of(optimizer) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def optimizers_with_a_rate():
+    return {
+        "factory": jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=0.5),
+        "injected": jaxwrap.OptaxOptimizer(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)),
+        "chained": jaxwrap.OptaxOptimizer(
+            optax.chain(optax.clip(10.0), optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["factory", "injected", "chained"])
+def test_callbacks_read_and_set_the_learning_rate(name):
+    optimizer, model = optimizers_with_a_rate()[name], make()
+    seen = []
+
+    def schedule(epoch, rate):
+        seen.append(rate)
+        return rate / 2
+
+    # A loss that cannot get better by 100.
+    plateau = keras.callbacks.ReduceLROnPlateau("loss", 0.1, patience=1, min_delta=100.0)
+    optimizer.build(model.trainable_variables)
+    scheduler = keras.callbacks.LearningRateScheduler(schedule)
+    history = fit(model, optimizer, 3, callbacks=[scheduler, plateau])
+    assert seen == pytest.approx([0.5, 0.25, 0.0125], rel=1e-5)
+    assert history.history["learning_rate"] == pytest.approx([0.25, 0.125, 0.00625], rel=1e-5)
+    before = params_of(model)
+    optimizer.learning_rate = 0.0
+    fit(model, optimizer, 1)
+    assert_close(params_of(model), before, 0)
+
+
+def test_a_learning_rate_that_only_the_transformation_knows():
+    model = make()
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam(1e-2), name="mine")
+    fit(model, optimizer, 1)
+    how = r"OptaxOptimizer 'mine'.*OptaxOptimizer\(optax\.adamw, learning_rate=1e-3\).*inject_hyperparams"
+    with pytest.raises(ValueError, match=how):
+        _ = optimizer.learning_rate
+    with pytest.raises(ValueError, match=how):
+        optimizer.learning_rate = 0.1
+    with pytest.raises(ValueError, match=how):
+        fit(model, optimizer, 2, callbacks=[keras.callbacks.ReduceLROnPlateau("loss")])
+    decaying = jaxwrap.OptaxOptimizer(optax.adam(1e-2), weight_decay=0.1)
+    with pytest.raises(ValueError, match="cannot decay weights"):
+        decaying.build(model.trainable_variables)
+    assert not decaying.built
+
+
+def test_schedules_and_numbers_are_not_mixed():
+    scheduled = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=optax.linear_schedule(1, 0, 5))
+    with pytest.raises(TypeError, match=r"received learning_rate=0\.5, .* follows the schedule"):
+        scheduled.learning_rate = 0.5
+    scheduled.learning_rate = optax.constant_schedule(0.25)
+    assert rate_of(scheduled) == 0.25
+    number = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=1)
+    train(make(), number, 1)
+    number.learning_rate = optax.constant_schedule(0.25)
+    assert rate_of(number) == 0.25
+    injected = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.constant_schedule(0.5))
+    optimizer = jaxwrap.OptaxOptimizer(injected)
+    optimizer.build(make().trainable_variables)
+    assert rate_of(optimizer) == 0.5
+    with pytest.raises(ValueError, match="takes numbers only"):
+        optimizer.learning_rate = 0.1
+
+
+# What else a transformation needs.
+
+
+def plateau():
+    return optax.chain(
+        optax.sgd(0.5), optax.contrib.reduce_on_plateau(factor=0.5, patience=2, rtol=0.5)
+    )
+
+
+def test_the_loss_is_passed_on():
+    model = make()
+    expected, state = train_native(params_of(model), plateau(), 20, value=True)
+    optimizer = jaxwrap.OptaxOptimizer(plateau())
+    train(model, optimizer, 20, value=True)
+    assert_close(params_of(model), expected)
+    assert float(state[1].scale) == float(to_numpy(optimizer.state[1].scale.value)) < 0.5
+
+
+def test_the_loss_in_fit(backend):
+    model, optimizer = make(), jaxwrap.OptaxOptimizer(plateau())
+    if backend.name == "jax":
+        with pytest.raises(ValueError, match=r"needs `value`.*apply\(grads, variables, value="):
+            fit(model, optimizer, 1)
+    else:
+        fit(model, optimizer, 8)
+        assert float(to_numpy(optimizer.state[1].scale.value)) < 1
+
+
+def test_a_missing_argument_changes_nothing():
+    model = make()
+    optimizer = jaxwrap.OptaxOptimizer(plateau())
+    _, gradients = gradients_of(model)
+    optimizer.build(model.trainable_variables)
+    before, state = params_of(model), values(optimizer)
+    with pytest.raises(ValueError, match="needs `value`"):
+        optimizer.apply(gradients, model.trainable_variables)
+    assert_close(params_of(model), before, 0)
+    assert_close(values(optimizer), state, 0)
+
+
+@pytest.mark.parametrize(
+    "make_transformation",
+    [optax.lbfgs, lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))],
+    ids=["lbfgs", "backtracking"],
+)
+def test_line_searches_are_not_supported(make_transformation):
+    optimizer = jaxwrap.OptaxOptimizer(make_transformation())
+    with pytest.raises(ValueError, match=r"`value_fn`.*not supported.*linesearch=None"):
+        optimizer.build(make().trainable_variables)
+
+
+def test_what_has_no_line_search_is_supported():
+    optimizer = jaxwrap.OptaxOptimizer(optax.lbfgs(1e-2, memory_size=2, linesearch=None))
+    optimizer.build(make().trainable_variables)
+    assert optimizer.built
+
+
+def test_replicas_are_not_supported(monkeypatch):
+    monkeypatch.setattr(jaxwrap.optimizers._optax, "replicas", lambda: 2)
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
+    with pytest.raises(ValueError, match=r"strategy with 2 replicas is not supported.*one device"):
+        optimizer.build(make().trainable_variables)
+    assert not optimizer.built
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((3,), TypeError, r"received 3\. Pass `optax\.adamw"),
+        ((optax.adam(1e-3), 1e-3), ValueError, "made with one already"),
+        ((optax.adamw,), ValueError, "cannot be called without arguments.*missing a required"),
+        ((functools.partial(optax.adamw, 1e-3), 1e-2), ValueError, "cannot be called with `learn"),
+        ((optax.MultiSteps, 1e-3), TypeError, "expected an Optax transformation"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        jaxwrap.OptaxOptimizer(*arguments)
+
+
+def test_a_function_that_makes_something_else():
+    optimizer = jaxwrap.OptaxOptimizer(lambda: 5)
+    with pytest.raises(TypeError, match="it returned 5"):
+        optimizer.build(make().trainable_variables)
+
+
+def test_a_state_whose_structure_changes():
+    def update(updates, state, params):
+        return updates, (*state, jnp.zeros(()))
+
+    optimizer = jaxwrap.OptaxOptimizer(
+        optax.GradientTransformation(lambda params: (jnp.zeros(()),), update)
+    )
+    model = make()
+    before = params_of(model)
+    with pytest.raises(ValueError, match=r"changed the structure of its state\.\n  unexpected: 1"):
+        train(model, optimizer, 1)
+    assert_close(params_of(model), before, 0)
+
+
+# Saving.
+
+
+SAVED = {
+    "adamw": lambda: jaxwrap.OptaxOptimizer(
+        functools.partial(optax.adamw, weight_decay=0.1), learning_rate=1e-2, global_clipnorm=0.1
+    ),
+    "registered": lambda: jaxwrap.OptaxOptimizer(head_only, learning_rate=1e-2),
+    "several": lambda: jaxwrap.OptaxOptimizer(several),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(
+        jaxwrap.OptaxOptimizer(optax.adamw, learning_rate=1e-2), initial_scale=1.0
+    ),
+}
+
+
+@register
+def several():
+    """Counters, flags, keys, and accumulated gradients."""
+    noise = optax.add_noise(0.01, 0.5, key=jax.random.key(3))
+    every = optax.MultiSteps(optax.chain(noise, optax.adam(1e-2)), 2)
+    return optax.apply_if_finite(every.gradient_transformation(), 3)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_training_goes_on_bit_for_bit(name, tmp_path):
+    model = make()
+    fit(model, SAVED[name](), 1)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    results = []
+    for one in (model, again):
+        x, y = digits()
+        one.fit(x, y, batch_size=32, shuffle=False, verbose=0)
+        results.append([to_numpy(v.value) for v in [*one.variables, *one.optimizer.variables]])
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_weights_of_layers_of_other_names(tmp_path):
+    """Keras numbers names: `dense_9` and `dense_10` sort in another order than `dense` and `dense_1`."""
+
+    def build(names):
+        layers = [keras.layers.Dense(4, name=name) for name in names]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
+        model.compile(optimizer, "mse")
+        return model
+
+    one, two = build(["dense", "dense_1"]), build(["dense_9", "dense_10"])
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
+    one.fit(x, x, verbose=0)
+    one.save_weights(tmp_path / "one.weights.h5")
+    two.optimizer.build(two.trainable_variables)
+    two.load_weights(tmp_path / "one.weights.h5")
+    for first, second in zip(one.optimizer.variables, two.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(to_numpy(second.value), to_numpy(first.value))
+    one.fit(x, x, verbose=0)
+    two.fit(x, x, verbose=0)
+    assert_close(two.get_weights(), one.get_weights())
+
+
+def test_weights_of_another_optimizer(tmp_path):
+    model = make()
+    fit(model, jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2), 1)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = make(1)
+    other.compile(jaxwrap.OptaxOptimizer(optax.lion, learning_rate=1e-2), "mse")
+    with pytest.warns(UserWarning, match="has not been built yet"):
+        other.load_weights(tmp_path / "model.weights.h5")
+    other.optimizer.build(other.trainable_variables)
+    with pytest.warns(UserWarning, match="has 7 variables, and the file 11"):
+        other.load_weights(tmp_path / "model.weights.h5")
+
+
+@pytest.mark.parametrize(
+    "transformation", [optax.adam(1e-3), optax.MultiSteps(optax.adam(1e-3), 2)], ids=["tx", "multi"]
+)
+def test_a_transformation_cannot_be_saved(transformation, tmp_path):
+    model = make()
+    fit(model, jaxwrap.OptaxOptimizer(transformation, name="mine"), 1)
+    with pytest.raises(
+        TypeError, match=r"'mine' cannot be saved.*register_serializable.*save_weights"
+    ):
+        model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+
+
+def test_a_function_that_is_not_registered_cannot_be_saved():
+    def mine(learning_rate):
+        return optax.sgd(learning_rate)
+
+    optimizer = jaxwrap.OptaxOptimizer(mine, learning_rate=1e-3)
+    with pytest.raises(TypeError, match=r"`transformation` is a function that has not been reg"):
+        optimizer.get_config()
+
+
+@pytest.mark.parametrize("name", ["os.system", "optax.inject_hyperparams", "builtins.exec"])
+def test_only_listed_names_are_loaded(name):
+    config = jaxwrap.OptaxOptimizer(optax.adamw, learning_rate=1e-3).get_config()
+    config["transformation"] = {"kind": "name", "name": name}
+    with pytest.raises(ValueError, match="is not registered"):
+        jaxwrap.OptaxOptimizer.from_config(config)
+    config["transformation"] = {"kind": "call", "name": name, "arguments": {}}
+    with pytest.raises(ValueError, match="no factory that a file may name"):
+        jaxwrap.OptaxOptimizer.from_config(config)
+
+
+SCHEDULES = [
+    optax.constant_schedule(0.1),
+    optax.linear_schedule(1.0, 0.1, 10, 2),
+    optax.polynomial_schedule(1.0, 0.1, 2, 10),
+    optax.cosine_decay_schedule(0.1, 10, 0.2),
+    optax.exponential_decay(0.1, 5, 0.5, 2, staircase=True, end_value=0.03),
+    optax.piecewise_constant_schedule(1.0, {3: 0.1, 7: 0.5}),
+    optax.warmup_cosine_decay_schedule(0.0, 0.1, 4, 12),
+    optax.warmup_exponential_decay_schedule(0.0, 0.1, 4, 5, 0.5),
+    optax.join_schedules([optax.constant_schedule(0.1), optax.linear_schedule(1, 0, 4)], [5]),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.__qualname__.split(".")[0])
+def test_schedules_of_optax_are_saved(schedule):
+    optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=schedule)
+    again = jaxwrap.OptaxOptimizer.from_config(optimizer.get_config())
+    for step in range(15):
+        assert float(again._learning_rate(step)) == float(schedule(step))
+
+
+def test_schedules_of_keras_are_saved():
+    schedule = keras.optimizers.schedules.ExponentialDecay(**KERAS_SCHEDULE)
+    optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=schedule)
+    again = jaxwrap.OptaxOptimizer.from_config(optimizer.get_config())
+    assert again._learning_rate.get_config() == schedule.get_config()
+    assert again.get_config() == optimizer.get_config()
