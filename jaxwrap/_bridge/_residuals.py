@@ -64,7 +64,10 @@ class Linearized:
         try:
             frugal = jax.checkpoint(restricted, policy=_is_worth_keeping, prevent_cse=False)
             floats, pullback, (others, aux, static) = jax.vjp(frugal, *primals, has_aux=True)
-        except (NotImplementedError, TypeError):  # JAX does not do that with some effects, nor with complex numbers
+        except (
+            NotImplementedError,
+            TypeError,
+        ):  # JAX does not do that with some effects, nor with complex numbers
             floats, pullback, (others, aux, static) = jax.vjp(restricted, *primals, has_aux=True)
         remaining = iter(floats)
         outputs = tuple(next(remaining) if other is None else other for other in others)
