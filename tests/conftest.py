@@ -1,6 +1,7 @@
 """Fixtures. The backend is the one KERAS_BACKEND names; one that is missing fails the run."""
 
 import os
+import shutil
 
 import pytest
 
@@ -13,6 +14,8 @@ if NAME is None:
 from backends import BACKENDS  # noqa: E402  (imports Keras, which fails where the backend is missing)
 
 BACKEND = BACKENDS[NAME]()
+# nox hides it: on a GPU backends agree less closely.
+GPU = bool(shutil.which("nvidia-smi")) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 def pytest_report_header():
@@ -33,7 +36,12 @@ def pytest_collection_modifyitems(config, items):
     def applies(item):
         only = item.get_closest_marker("only")
         trains = item.get_closest_marker("trains")
-        return (BACKEND.trains or not trains) and (not only or BACKEND.name in only.args)
+        gpu = item.get_closest_marker("gpu")
+        return (
+            (BACKEND.trains or not trains)
+            and (not only or BACKEND.name in only.args)
+            and (GPU or not gpu)
+        )
 
     config.hook.pytest_deselected(items=[item for item in items if not applies(item)])
     items[:] = [item for item in items if applies(item)]

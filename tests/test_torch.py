@@ -1,0 +1,110 @@
+"""What PyTorch's own tools make of a layer: compilers, and processes that load data."""
+
+import keras
+import models
+import numpy as np
+import pytest
+from backends import to_numpy
+
+from jaxwrap import JaxLayer
+
+pytestmark = pytest.mark.only("torch")
+
+
+class Rows:
+    """A data set that is pickled for spawned workers."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return np.full(5, index, "float32"), np.full(3, index, "float32")
+
+
+class Around:
+    """Makes a torch module of a layer between torch's own, each time with the same weights."""
+
+    def __new__(cls):
+        import torch
+
+        class Module(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.before = torch.nn.Linear(5, 5)
+                self.layer = JaxLayer(models.mlp_call, models.mlp_init, seed=0)
+                self.layer.build((None, 5))
+
+            def forward(self, inputs):
+                return torch.sin(self.layer(torch.tanh(self.before(inputs)))) * 2
+
+        torch.manual_seed(0)
+        return Module()
+
+
+@pytest.mark.parametrize("backend_of_dynamo", ["eager", "aot_eager"])
+def test_a_compiled_module_computes_the_same(backend_of_dynamo):
+    """The layer is left out of what torch compiles; what is around it is compiled."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    module = Around()
+    compiled = torch.compile(module, backend=backend_of_dynamo)
+    for size in (3, 3, 4):
+        inputs = torch.tensor(rng.standard_normal((size, 5)).astype("float32"), requires_grad=True)
+        weights = [module.before.weight, *(v.value for v in module.layer.trainable_variables)]
+        results = []
+        for called in (module, compiled):
+            outputs = called(inputs)
+            gradients = torch.autograd.grad(outputs.sum(), [inputs, *weights])
+            results.append([outputs.detach(), *gradients])
+        for one, two in zip(*results, strict=True):
+            np.testing.assert_allclose(one, two, 1e-5, 1e-6)
+        with torch.no_grad():
+            np.testing.assert_allclose(module(inputs), compiled(inputs), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_load_data_while_a_layer_is_trained(method):
+    """Workers are started when JAX has threads; they only load data."""
+    import torch
+
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, JaxLayer(models.mlp_call, models.mlp_init, seed=0)(inputs))
+    model.compile("sgd", "mse", run_eagerly=True)
+    model.predict(np.ones((2, 5), "float32"), verbose=0)
+    loader = torch.utils.data.DataLoader(
+        Rows(), batch_size=4, num_workers=2, multiprocessing_context=method, timeout=60
+    )
+    history = model.fit(loader, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu():
+    import torch
+
+    layer = JaxLayer(models.mlp_call, models.mlp_init, seed=0)
+    inputs = torch.ones(2, 5, device="cuda", requires_grad=True)
+    with keras.device("cuda:0"):
+        outputs = layer(inputs)
+        outputs.sum().backward()
+    assert outputs.is_cuda
+    assert inputs.grad.is_cuda
+    params = [[leaf["w"], leaf["b"]] for leaf in layer.get_variables()["params"]]
+    expected = np.tanh(np.ones((2, 5)) @ params[0][0] + params[0][1]) @ params[1][0] + params[1][1]
+    np.testing.assert_allclose(to_numpy(outputs.detach().cpu()), expected, 1e-3, 1e-3)
+    with pytest.raises(RuntimeError, match="on several devices: cpu, cuda:0"):
+        layer(inputs.detach().cpu())
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_jax_does_not_have(monkeypatch):
+    import torch
+
+    from jaxwrap._bridge import _torch
+
+    monkeypatch.setattr(_torch, "_jax_has_cuda", lambda: False)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)on cuda:0, and JAX has.*Install JAX.*keras\.device"
+    ):
+        _torch._check_devices([torch.ones(1, device="cuda")])
