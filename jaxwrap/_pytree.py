@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -68,9 +69,9 @@ class Structure:
         return self._hash
 
     def unflatten(self, arrays: Iterable[Any]) -> PyTree:
-        """Rebuilds the pytree with `arrays`, in leaf order, where the arrays were."""
+        """Rebuilds the pytree with the first of `arrays`, in leaf order, where the arrays were."""
         if self._arrays_only:
-            return self.treedef.unflatten(arrays)
+            return self.treedef.unflatten(itertools.islice(arrays, len(self.leaves)))
         arrays = iter(arrays)
         return self.treedef.unflatten(
             [next(arrays) if leaf is ARRAY else leaf for leaf in self.leaves]

@@ -15,7 +15,7 @@ LAYERS = [
     ["__init__"],
     ["adapters", "checkpoints", "_export", "optimizers", "losses", "metrics"],
     ["_layer"],
-    ["_weights"],
+    ["_weights", "_call", "_shortcut"],
     ["_storage", "_state", "_predictions"],
     ["_function", "_variables", "_pure", "_metrics"],
     ["_arguments"],
