@@ -118,7 +118,8 @@ class Calls:
             rest = (params, state, arrays[start:])
 
             def call(keys: PyTree, rest: PyTree) -> PyTree:
-                return self._call(keys, *rest, arguments, training)
+                params, state, fed = rest
+                return self._call(keys, params, state, fed, arguments, training)
 
             if training or not jax.tree_util.tree_leaves(keys):
                 (outputs, loss, changed, metrics), drew = call(keys, rest), True

@@ -369,12 +369,13 @@ class JaxLayer(WeightedLayer):
         fed, structure = partition(given, get_bridge().is_tensor)
         if structure not in self._nests:
             self._check_nest(given, structure, training)
-        if self._calls is None:
-            self._keep("_calls", self._make_calls())
+        calls = self._calls
+        if calls is None:
+            self._keep("_calls", calls := self._make_calls())
         params, state = self._leaves
         generators = self._generators().values()
         held = [*params.variables, *state.variables, *(g.state for g in generators)]
-        outputs, loss, aux, told = self._calls([*current_values(held), *fed], structure, training)
+        outputs, loss, aux, told = calls([*current_values(held), *fed], structure, training)
         if training or self.update_state_in_inference:
             for index, value in zip(told.changed, aux, strict=False):
                 state.variables[index].assign(value)

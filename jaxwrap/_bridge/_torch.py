@@ -134,7 +134,8 @@ class _Function:
             if wrt:
                 return self._call_recorded(wrt, tensors)
         outputs, aux, static = self._plain(*self.arrays(tensors))
-        return FlatResult(*_to_torch(outputs, aux), static)
+        outputs, aux = _to_torch(outputs, aux)
+        return FlatResult(outputs, aux, static)
 
     def arrays(self, tensors: Sequence[Tensor]) -> list[Array]:
         """The arguments as JAX takes them."""
