@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 
 from jaxwrap._pytree import ARRAY, describe_difference, is_leaf_array, key_name, partition
 from jaxwrap._typing import Array, PyTree, Static
-from jaxwrap._variables import unique_names
+from jaxwrap._variables import create_variable, key_impl, unique_names
 
 Names = tuple[str, ...]
 
@@ -45,7 +43,7 @@ class State:
     ):
         def traced(*args: Any) -> tuple[list[Array], Static]:
             arrays, structure = partition(init(*args), is_leaf_array)
-            keys = tuple(_key_impl(array) for array in arrays)
+            keys = tuple(key_impl(array) for array in arrays)
             return list(map(_encode, arrays)), Static((structure, keys))
 
         arrays, known = jax.jit(traced)(*args)
@@ -60,7 +58,7 @@ class State:
         paths = unique_names([(root, *path) for path in names])
         self.initial = [np.array(arrays[place]) for place in self._order]
         self.variables = [
-            _create(owner, paths[place], value)
+            create_variable(owner, paths[place], value, value.dtype.name, trainable=False)
             for place, value in zip(self._order, self.initial, strict=True)
         ]
         self.tree = self._unflatten(self.variables)
@@ -104,27 +102,5 @@ class State:
         return self.structure.unflatten(leaves)
 
 
-def _create(owner: Any, path: Names, value: np.ndarray) -> keras.Variable:
-    *scopes, name = path
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(keras.name_scope(owner.name, caller=owner))
-        for scope in scopes:
-            stack.enter_context(keras.name_scope(scope))
-        return keras.Variable(
-            lambda shape, dtype: keras.ops.convert_to_tensor(value, dtype),
-            shape=value.shape,
-            dtype=value.dtype.name,
-            trainable=False,
-            autocast=False,
-            name=name,
-        )
-
-
-def _key_impl(value: Any) -> Any:
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return jax.random.key_impl(value)
-    return None
-
-
 def _encode(value: Any) -> Array:
-    return jnp.asarray(value if _key_impl(value) is None else jax.random.key_data(value))
+    return jnp.asarray(value if key_impl(value) is None else jax.random.key_data(value))

@@ -14,6 +14,7 @@ import numpy as np
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from jaxwrap._bridge import get_bridge, inexact
+from jaxwrap._bridge._base import ALIGNMENT
 from jaxwrap._pytree import (
     ARRAY,
     Structure,
@@ -26,8 +27,6 @@ from jaxwrap._rules import Rule, Rules, match
 from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array, PyTree
 
-# JAX copies what does not begin at a multiple of so many bytes.
-_ALIGNMENT = 64
 # Each holds the numbers of those before it.
 _KINDS = ("bool", "integer", "float", "complex")
 
@@ -100,7 +99,9 @@ class Leaves:
             if rule.dtype is not None and leaf.takes("dtype", rule.dtype):
                 dtype = rule.dtype
             # One after the other, so that no second copy of the whole is ever held.
-            self.variables.append(_create(layer, _own(value), dtype, leaf))
+            self.variables.append(
+                create_variable(layer, leaf.path.split("/"), value, dtype, leaf.can_train)
+            )
         self.tree = self.structure.unflatten(self.variables)
         for index, rule in enumerate(rules):
             self.apply(index, rule)
@@ -204,10 +205,10 @@ class Leaves:
             return [], [difference]
         problems, arrays = [], []
         for value, leaf, variable in zip(values, self.leaves, self.variables, strict=True):
-            if _key_impl(value) != leaf.impl:
+            if key_impl(value) != leaf.impl:
                 kinds = [
                     f"a PRNG key, {impl}" if impl else "no PRNG key"
-                    for impl in (leaf.impl, _key_impl(value))
+                    for impl in (leaf.impl, key_impl(value))
                 ]
                 problems.append(f"  key: {leaf.path} is {kinds[0]}; received {kinds[1]}")
                 continue
@@ -266,7 +267,7 @@ def create_leaves(
     ]
     values = [value for part, _ in parts for value in part]
     leaves = [
-        Leaf(path := "/".join(name), dtypes.get(path, _dtype(value)), _key_impl(value), is_params)
+        Leaf(path := "/".join(name), dtypes.get(path, _dtype(value)), key_impl(value), is_params)
         for name, value, is_params in zip(names, values, parameters, strict=True)
     ]
     resolved = rules.resolve([leaf.path for leaf in leaves], owner)
@@ -338,24 +339,23 @@ def unique_names(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return result
 
 
-def _create(
-    layer: keras.layers.Layer,
-    initial: np.ndarray,
-    dtype: str,
-    leaf: Leaf,
+def create_variable(
+    owner: Any, path: Sequence[str], value: Any, dtype: str, trainable: bool
 ) -> keras.Variable:
+    """Creates a variable that is named by a path below its owner, with a copy of a value."""
+    initial = _own(value)
     with contextlib.ExitStack() as stack:
         # `add_weight` would put the name right under the layer; the leaf's path becomes nested scopes instead.
-        stack.enter_context(keras.name_scope(layer.name, caller=layer))
-        *scopes, name = leaf.path.split("/")
+        stack.enter_context(keras.name_scope(owner.name, caller=owner))
+        *scopes, name = path
         for scope in scopes:
             stack.enter_context(keras.name_scope(scope))
         variable = keras.Variable(
             lambda shape, dtype: _to_tensor(get_bridge().adopt(initial), dtype),
             shape=initial.shape,
             dtype=dtype,
-            trainable=leaf.can_train,
-            autocast=False,  # `decode` casts, inside of what JAX compiles
+            trainable=trainable,
+            autocast=False,  # what casts is the function that JAX compiles
             name=name,
         )
     # On NumPy Keras initializes all floats as it does by default, and keeps other dtypes for assignment.
@@ -366,7 +366,7 @@ def _create(
 
 def _own(value: Any) -> np.ndarray:
     """A host copy, so that nothing a backend does to the variable reaches the user's array."""
-    if _key_impl(value) is not None:
+    if key_impl(value) is not None:
         value = jax.random.key_data(value)
     elif not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
         value = keras.ops.convert_to_numpy(value)
@@ -378,15 +378,15 @@ def _aligned_copy(array: np.ndarray, dtype: Any) -> np.ndarray:
     """A copy that begins where JAX can read it in place, through a tensor that aliases it as well."""
     dtype = np.dtype(dtype)
     size = array.size * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, "uint8")
-    start = -memory.ctypes.data % _ALIGNMENT
+    memory = np.empty(size + ALIGNMENT, "uint8")
+    start = -memory.ctypes.data % ALIGNMENT
     copy = memory[start : start + size].view(dtype).reshape(array.shape)
     np.copyto(copy, array, casting="unsafe")
     return copy
 
 
 def _dtype(value: Any) -> str:
-    if _key_impl(value) is not None:
+    if key_impl(value) is not None:
         return "uint32"
     if isinstance(value, (bool, int, float, complex)):
         value = np.asarray(value)
@@ -394,7 +394,8 @@ def _dtype(value: Any) -> str:
     return str(jax.dtypes.canonicalize_dtype(dtype))
 
 
-def _key_impl(value: Any) -> Any:
+def key_impl(value: Any) -> Any:
+    """The implementation of a PRNG key; None for other values."""
     if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.key_impl(value)
     return None

@@ -12,6 +12,9 @@ import numpy as np
 
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Static, Tensor
 
+# JAX reads memory of others where it lies if it begins at a multiple of so many bytes; else it copies it.
+ALIGNMENT = 64
+
 
 class BridgedFunction(Protocol):
     """A flat function made callable, and differentiable, on one backend's tensors."""

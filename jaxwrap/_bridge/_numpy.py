@@ -8,12 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwrap._bridge._base import BridgedFunction, Kept, check_dtype
+from jaxwrap._bridge._base import ALIGNMENT, BridgedFunction, Kept, check_dtype
 from jaxwrap._typing import FlatFunction, FlatResult, Role, Tensor
 
-# JAX reads a NumPy array where it lies, if it lies at a multiple of so many bytes; else it copies it at each call.
-_ALIGNMENT = 64
-# Up to this size the copy is not worth a thought.
+# Up to this size a copy at each call is not worth a thought.
 _SMALL = 1 << 16
 
 
@@ -70,7 +68,7 @@ class NumpyBridge:
             return array
         copy = self._copies.get(array)
         if copy is None:
-            if array.ctypes.data % _ALIGNMENT == 0 and array.flags.c_contiguous:
+            if array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous:
                 return array
             array.flags.writeable = False
             copy = jax.numpy.array(array)

@@ -12,6 +12,7 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 
 from jaxwrap._bridge._base import (
+    ALIGNMENT,
     BridgedFunction,
     Kept,
     check_dtype,
@@ -22,8 +23,6 @@ from jaxwrap._bridge._base import (
 from jaxwrap._bridge._residuals import Linearized
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
-# JAX reads memory in place that begins at a multiple of so many bytes.
-_ALIGNMENT = 64
 # What NumPy has, too.
 _NUMPY_DTYPES = {
     getattr(torch, name): name
@@ -101,7 +100,7 @@ class _Aliases:
         ):
             return alias.array
         pointer = tensor.data_ptr()
-        if pointer % _ALIGNMENT or not tensor.is_contiguous():
+        if pointer % ALIGNMENT or not tensor.is_contiguous():
             return _to_jax(tensor)  # JAX is going to copy it
         array = _from_dlpack(tensor)
         if array.unsafe_buffer_pointer() == pointer:
