@@ -12,8 +12,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Compilation is measured, so nothing may come from a cache on disk.
+# Compilation by XLA is measured, so nothing of it may come from a cache on disk. What Python compiles may: packages come
+# with it, and so does this one once it is installed.
 ENVIRONMENT = {
+    "PYTHONDONTWRITEBYTECODE": "",
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "CUDA_VISIBLE_DEVICES": "",

@@ -7,17 +7,19 @@ import difflib
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import keras
-import regex
 
 from jaxwrap._bridge._base import check_dtype
 from jaxwrap._serialization import deserialize, serialize_callable
 
-# Patterns come from files too, and some take forever to match. The standard library cannot be stopped.
-_SECONDS = 5
+if TYPE_CHECKING:
+    import regex
+
+# Patterns come from files too, and some take forever to match.
+SECONDS = 5
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
@@ -105,12 +107,7 @@ class Rules:
                 raise TypeError(
                     f"{owner}: `rules` must map patterns to `jaxwrap.Rule`; received {pattern!r}: {rule!r}."
                 )
-            try:
-                regex.compile(pattern)
-            except regex.error as error:
-                raise ValueError(
-                    f"{owner}: the pattern {pattern!r} is no regular expression: {error}."
-                ) from error
+            compile_pattern(pattern, f"{owner}: the pattern {pattern!r}")
             self.pairs.append((pattern, rule))
 
     def resolve(self, paths: Sequence[str], owner: str) -> list[Rule]:
@@ -126,14 +123,32 @@ class Rules:
         return resolved
 
 
+def compile_pattern(pattern: str, what: str) -> regex.Pattern[str]:
+    """A regular expression, of which each search can be given a time limit.
+
+    Args:
+        pattern: The expression.
+        what: What an error begins with.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    import regex  # takes long to load; the standard library's searches cannot be stopped
+
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"{what} is no regular expression: {error}.") from error
+
+
 def match(pattern: str, paths: Sequence[str], owner: str) -> list[int]:
     """The indices of the paths that a pattern matches as a whole.
 
     Raises:
         ValueError: If there are none, or if it takes seconds to find out.
     """
-    compiled = regex.compile(pattern)
-    end = time.monotonic() + _SECONDS
+    compiled = compile_pattern(pattern, f"{owner}: the pattern {pattern!r}")
+    end = time.monotonic() + SECONDS
     try:
         found = [
             index
@@ -142,7 +157,7 @@ def match(pattern: str, paths: Sequence[str], owner: str) -> list[int]:
         ]
     except TimeoutError:
         raise ValueError(
-            f"{owner}: it takes longer than {_SECONDS} s to match the pattern {pattern!r} with {len(paths)} paths. "
+            f"{owner}: it takes longer than {SECONDS} s to match the pattern {pattern!r} with {len(paths)} paths. "
             "Write it without repetitions inside of repetitions."
         ) from None
     if not found:

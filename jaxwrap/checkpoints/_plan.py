@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
-import regex
 
+from jaxwrap._rules import SECONDS, compile_pattern
 from jaxwrap._tables import format_table
 from jaxwrap._variables import can_hold
 
 Names = Mapping[str, str | None] | Iterable[tuple[str, str | None]]
-_SECONDS = 5
+
+if TYPE_CHECKING:
+    import regex
 
 
 class Entry(NamedTuple):
@@ -75,7 +77,7 @@ def rename(names: Sequence[str], patterns: Names, owner: str) -> dict[str, str |
     for name in names:
         renamed[name] = name
         for index, (pattern, replacement) in enumerate(compiled):
-            if match := pattern.fullmatch(name, timeout=_SECONDS):
+            if match := pattern.fullmatch(name, timeout=SECONDS):
                 used.add(index)
                 renamed[name] = None if replacement is None else match.expand(replacement)
                 break
@@ -131,9 +133,4 @@ def _compile(pair: Any, owner: str) -> regex.Pattern[str]:
         raise TypeError(
             f"{owner}: `names` must map patterns to names or None; received {pattern!r}: {replacement!r}."
         )
-    try:
-        return regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(
-            f"{owner}: the pattern {pattern!r} in `names` is no regular expression: {error}."
-        ) from error
+    return compile_pattern(pattern, f"{owner}: the pattern {pattern!r} in `names`")
