@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Compilation by XLA is measured, so nothing of it may come from a cache on disk. What Python compiles may: packages come
-# with it, and so does this one once it is installed.
+# Compilation by XLA is measured, so nothing of it may come from a cache on disk. What Python compiles may: of every
+# package that is installed it is there.
 ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "",
     "JAX_PLATFORMS": "cpu",

@@ -182,7 +182,8 @@ class JaxLayer(WeightedLayer):
         self._keep("_checked", set())
         self._keep("_shortcut", Shortcut())
         self._keep("_abstract", {})
-        self._keep("_means", {})
+        self._means: dict[str, RunningMean] | None
+        self._keep("_means", None)
         self._last_call: Any
         self._keep("_last_call", threading.local())
         if params is not None or state is not None or not pure.variables:
@@ -279,7 +280,6 @@ class JaxLayer(WeightedLayer):
                 )
             with jax.ensure_compile_time_eval():
                 self._create_leaves(params, state)
-        self._create_means()
 
     def get_build_config(self) -> dict[str, Any] | None:
         """The shapes and dtypes of the arguments that the layer was built for."""
@@ -326,25 +326,57 @@ class JaxLayer(WeightedLayer):
     def _to_key(self, seed: Any) -> Any:
         return to_key(seed, self._key_impl)
 
-    def _create_means(self) -> None:
-        """Makes variables for the metrics that `call_fn` reports in training."""
+    def _reported(self) -> dict[str, RunningMean]:
+        """The means of the metrics that `call_fn` reports in training, by name; they are made when first asked for.
+
+        To know the names is to trace `call_fn`, which may take longer than all else of building.
+        """
+        if self._means is not None:
+            return self._means
+        self._keep("_means", {})
         try:
-            metrics = self._abstract_result(self._specs, True)["metrics"]
+            names = self._abstract_result(self._specs, True)["metrics"]
         except Exception:
             # A layer may be built for other inputs than it is called with; what is wrong, the call will say.
-            return
-        self._keep("_means", {name: RunningMean(self, name) for name in metrics})
-        means = self._means.values()
-        self.tracked_means = [variable for mean in means for variable in mean.variables]
-        self.tracked_metrics = [mean.metric for mean in means]
+            names = {}
+        if names:
+            self._keep("_means", {name: RunningMean(self, name) for name in names})
+            means = self._means.values()
+            self._tracker.unlock()
+            self.tracked_means = [variable for mean in means for variable in mean.variables]
+            self.tracked_metrics = [mean.metric for mean in means]
+            self._lock_state()
+        return self._means
 
     def _mean(self, name: str) -> RunningMean:
-        if name not in self._means:
+        if name not in self._reported():
             raise ValueError(
                 f"{self._owner}: `call_fn` reports the metric {name!r}, which it did not report in training for the "
                 "arguments that the layer was built for. Report the same metrics in every call."
             )
-        return self._means[name]
+        return self._reported()[name]
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All variables: the weights, the states of seed generators, and what the means of metrics are kept in."""
+        self._complete()
+        return super().variables
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """The variables without the states of seed generators."""
+        self._complete()
+        return super().weights
+
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        """The metrics that `call_fn` reports in training."""
+        self._complete()
+        return super().metrics
+
+    def _complete(self) -> None:
+        if getattr(self, "built", False):  # Keras asks before the constructor has come that far
+            self._reported()
 
     def _make_generator(self, seed: int, name: str) -> Generator:
         with keras.name_scope(self.name, caller=self):
@@ -399,6 +431,7 @@ class JaxLayer(WeightedLayer):
             The nest of the outputs, with a `keras.KerasTensor` for each.
         """
         given, training = self._pure.arguments.bind(args, kwargs)
+        self._complete()
         result = self._abstract_result(self._read_specs(given), training)
         self._note_shapes(result["outputs"])
         return jax.tree_util.tree_map(

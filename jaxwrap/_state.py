@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxwrap._pytree import ARRAY, describe_difference, is_leaf_array, key_name, partition
 from jaxwrap._typing import Array, PyTree, Static
-from jaxwrap._variables import create_variable, key_impl, unique_names
+from jaxwrap._variables import Initial, create_variables, key_impl, unique_names
 
 Names = tuple[str, ...]
 
@@ -57,10 +57,13 @@ class State:
         self._order = sorted(places, key=lambda place: rank(names[place])) if rank else places
         paths = unique_names([(root, *path) for path in names])
         self.initial = [np.array(arrays[place]) for place in self._order]
-        self.variables = [
-            create_variable(owner, paths[place], value, value.dtype.name, trainable=False)
-            for place, value in zip(self._order, self.initial, strict=True)
-        ]
+        self.variables = create_variables(
+            owner,
+            [
+                Initial(paths[place], value, value.dtype.name, trainable=False)
+                for place, value in zip(self._order, self.initial, strict=True)
+            ],
+        )
         self.tree = self._unflatten(self.variables)
 
     def decode(self, arrays: Sequence[Array]) -> PyTree:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ import numpy as np
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from jaxwrap._bridge import get_bridge, inexact
-from jaxwrap._bridge._base import ALIGNMENT
+from jaxwrap._bridge._base import host_copies
 from jaxwrap._pytree import (
     ARRAY,
     Structure,
@@ -91,24 +93,25 @@ class Leaves:
             else None
             for leaf, rule in zip(leaves, rules, strict=True)
         )
-        self.variables: list[keras.Variable] = []
+        initials = []
         for value, leaf, rule in zip(values, leaves, rules, strict=True):
             dtype = leaf.dtype
             if _kind(dtype) == "float" and (dtype == "float32" or not keep_dtypes):
                 dtype = layer.variable_dtype
             if rule.dtype is not None and leaf.takes("dtype", rule.dtype):
                 dtype = rule.dtype
-            # One after the other, so that no second copy of the whole is ever held.
-            self.variables.append(
-                create_variable(layer, leaf.path.split("/"), value, dtype, leaf.can_train)
-            )
+            initials.append(Initial(tuple(leaf.path.split("/")), value, dtype, leaf.can_train))
+        self.variables = create_variables(layer, initials)
         self.tree = self.structure.unflatten(self.variables)
         for index, rule in enumerate(rules):
-            self.apply(index, rule)
+            self._obey(index, rule)
 
     def apply(self, index: int, rule: Rule) -> None:
         """Applies to a variable what a rule says that can still be said of it."""
         self._rules[index] = self._rules[index].then(rule)
+        self._obey(index, rule)
+
+    def _obey(self, index: int, rule: Rule) -> None:
         if not self.leaves[index].can_train:
             return
         variable = self.variables[index]
@@ -212,7 +215,7 @@ class Leaves:
                 ]
                 problems.append(f"  key: {leaf.path} is {kinds[0]}; received {kinds[1]}")
                 continue
-            array = _own(value)
+            array = next(host_copies([_array(value)]))
             if array.shape != tuple(variable.shape):
                 problems.append(
                     f"  shape: {leaf.path} is {tuple(variable.shape)}; received {array.shape}"
@@ -304,12 +307,18 @@ def can_hold(dtype: str, other: Any) -> bool:
     return known and _KINDS.index(_kind(other)) <= _KINDS.index(_kind(dtype))
 
 
+@functools.cache
 def _kind(dtype: Any) -> str:
     kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
     for name, kind in zip(_KINDS[1:], kinds, strict=True):
         if jnp.issubdtype(dtype, kind):
             return name
     return "bool"
+
+
+@functools.cache
+def _clean(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name) or "_"
 
 
 def unique_names(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -322,67 +331,78 @@ def unique_names(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     groups: set[tuple[str, ...]] = set()
     result = []
     for path in paths:
-        clean = tuple(re.sub(r"[^A-Za-z0-9_-]", "_", name) or "_" for name in path)
+        clean = tuple(map(_clean, path))
+        above = [clean[:end] for end in range(1, len(clean))]
+        blocked = not taken.isdisjoint(above)
         candidate, count = clean, 0
-        while (
-            candidate in taken
-            or candidate in groups
-            or any(candidate[:end] in taken for end in range(1, len(candidate)))
-        ):
+        while candidate in taken or candidate in groups or blocked:
             count += 1
-            candidate = (*clean[:-1], f"{clean[-1]}_{count}")
-            if any(clean[:end] in taken for end in range(1, len(clean))):
+            if not taken.isdisjoint(above):
                 candidate = (f"{clean[0]}_{count}", *clean[1:])
+                blocked = any(candidate[:end] in taken for end in range(1, len(candidate)))
+            else:
+                candidate = (*clean[:-1], f"{clean[-1]}_{count}")
         taken.add(candidate)
         groups.update(candidate[:end] for end in range(1, len(candidate)))
         result.append(candidate)
     return result
 
 
-def create_variable(
-    owner: Any, path: Sequence[str], value: Any, dtype: str, trainable: bool
-) -> keras.Variable:
-    """Creates a variable that is named by a path below its owner, with a copy of a value."""
-    initial = _own(value)
-    with contextlib.ExitStack() as stack:
-        # `add_weight` would put the name right under the layer; the leaf's path becomes nested scopes instead.
-        stack.enter_context(keras.name_scope(owner.name, caller=owner))
-        *scopes, name = path
-        for scope in scopes:
-            stack.enter_context(keras.name_scope(scope))
-        variable = keras.Variable(
-            lambda shape, dtype: _to_tensor(get_bridge().adopt(initial), dtype),
-            shape=initial.shape,
-            dtype=dtype,
-            trainable=trainable,
-            autocast=False,  # what casts is the function that JAX compiles
-            name=name,
-        )
+class Initial(NamedTuple):
+    """What a variable is made of.
+
+    Attributes:
+        path: The names below its owner.
+        value: The first value, which is copied.
+        dtype: The dtype.
+        trainable: Whether it can be trained.
+    """
+
+    path: tuple[str, ...]
+    value: Any
+    dtype: str
+    trainable: bool
+
+
+def create_variables(owner: Any, initials: Sequence[Initial]) -> list[keras.Variable]:
+    """Creates variables that are named by paths below their owner, with copies of values."""
+    copies = get_bridge().copies([_array(initial.value) for initial in initials])
+    variables = []
+    # `add_weight` would put the name right under the layer; the leaf's path becomes nested scopes instead.
+    with keras.name_scope(owner.name, caller=owner):
+        for scopes, together in itertools.groupby(initials, lambda initial: initial.path[:-1]):
+            with contextlib.ExitStack() as stack:
+                for scope in scopes:
+                    stack.enter_context(keras.name_scope(scope))
+                # One after the other, so that on no backend a second copy of the whole is ever held.
+                variables += [_create(initial, next(copies)) for initial in together]
+    return variables
+
+
+def _create(initial: Initial, copy: Any) -> keras.Variable:
+    _, _, dtype, trainable = initial
+    variable = keras.Variable(
+        lambda shape, dtype: _to_tensor(copy, dtype),
+        shape=tuple(copy.shape),
+        dtype=dtype,
+        trainable=trainable,
+        autocast=False,  # what casts is the function that JAX compiles
+        name=initial.path[-1],
+    )
     # On NumPy Keras initializes all floats as it does by default, and keeps other dtypes for assignment.
     if dtype == "float64" and keras.backend.standardize_dtype(variable.value.dtype) != dtype:
-        assign(variable, initial)
+        assign(variable, copy)
     return variable
 
 
-def _own(value: Any) -> np.ndarray:
-    """A host copy, so that nothing a backend does to the variable reaches the user's array."""
+def _array(value: Any) -> Array | np.ndarray:
     if key_impl(value) is not None:
-        value = jax.random.key_data(value)
-    elif not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+        return jax.random.key_data(value)
+    if isinstance(value, jax.Array):
+        return value
+    if not isinstance(value, (np.ndarray, np.generic, bool, int, float, complex)):
         value = keras.ops.convert_to_numpy(value)
-    array = np.asarray(value)
-    return _aligned_copy(array, jax.dtypes.canonicalize_dtype(array.dtype))
-
-
-def _aligned_copy(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """A copy that begins where JAX can read it in place, through a tensor that aliases it as well."""
-    dtype = np.dtype(dtype)
-    size = array.size * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, "uint8")
-    start = -memory.ctypes.data % ALIGNMENT
-    copy = memory[start : start + size].view(dtype).reshape(array.shape)
-    np.copyto(copy, array, casting="unsafe")
-    return copy
+    return np.asarray(value)
 
 
 def _dtype(value: Any) -> str:
@@ -390,15 +410,20 @@ def _dtype(value: Any) -> str:
         return "uint32"
     if isinstance(value, (bool, int, float, complex)):
         value = np.asarray(value)
-    dtype = keras.backend.standardize_dtype(value.dtype)
-    return str(jax.dtypes.canonicalize_dtype(dtype))
+    return _canonical(value.dtype, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _canonical(dtype: Any, x64: bool) -> str:
+    """The name of the dtype that JAX has for one of any backend."""
+    return str(jax.dtypes.canonicalize_dtype(keras.backend.standardize_dtype(dtype)))
 
 
 def key_impl(value: Any) -> Any:
     """The implementation of a PRNG key; None for other values."""
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return jax.random.key_impl(value)
-    return None
+    if not isinstance(value, jax.Array) or isinstance(value.dtype, np.dtype):
+        return None
+    return jax.random.key_impl(value)
 
 
 def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
@@ -426,6 +451,8 @@ def assign(variable: keras.Variable, value: np.ndarray) -> None:
 
 
 def _to_tensor(value: Any, dtype: str) -> Any:
+    if isinstance(value, jax.Array) and value.dtype == dtype:
+        return value
     if not _is_float8(dtype):
         return keras.ops.convert_to_tensor(value, dtype)
     # Keras converts no arrays of 8-bit floats, but casts to them; on NumPy it converts the result again.

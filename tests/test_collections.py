@@ -106,7 +106,7 @@ def test_metrics_of_a_function():
     layer(np.full(4, 2.0, "float32"))
     layer(np.full(4, 4.0, "float32"))
     assert [float(to_numpy(loss)) for loss in layer.losses] == [9]
-    (metric,) = layer.tracked_metrics
+    (metric,) = layer.metrics
     assert float(to_numpy(metric.result())) == 3
     metric.reset_state()
     assert float(to_numpy(metric.result())) == 0
@@ -144,7 +144,7 @@ def test_dropped_collections():
     layer, _ = mixture(collections={"losses": "drop", "metrics": "drop"})
     layer(x(5, 4))
     assert layer.losses == []
-    assert not layer.tracked_metrics
+    assert not layer.metrics
     assert set(layer.get_variables()) == {"params"}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -48,8 +49,11 @@ class Bridge(Protocol):
         """Keeps the backend's own compiler from rewriting the Python code of `fn`, and of what it calls."""
         ...
 
-    def adopt(self, array: np.ndarray) -> Any:
-        """What Keras is to make a variable's value of: the array, or a tensor on its memory if Keras would copy it."""
+    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+        """What Keras is to make the values of variables of: a copy of each array, which Keras does not copy again.
+
+        Where Keras always copies, each is to be dropped before the next one is asked for.
+        """
         ...
 
     def wrap(
@@ -86,6 +90,20 @@ class Kept:
         self._made[key] = weakref.ref(tensor, lambda _: self._made.pop(key, None)), made
 
 
+def host_copies(arrays: Iterable[Array | np.ndarray]) -> Iterator[np.ndarray]:
+    """Copies of arrays on the host, each made when asked for, that JAX can read in place through any alias."""
+    for given in arrays:
+        array = np.asarray(given)
+        dtype = np.dtype(jax.dtypes.canonicalize_dtype(array.dtype))
+        size = array.size * dtype.itemsize
+        memory = np.empty(size + ALIGNMENT, "uint8")
+        start = -memory.ctypes.data % ALIGNMENT
+        copy = memory[start : start + size].view(dtype).reshape(array.shape)
+        np.copyto(copy, array, casting="unsafe")
+        yield copy
+
+
+@functools.cache
 def inexact(dtype: Any) -> bool:
     """Whether values of `dtype` have gradients."""
     return jnp.issubdtype(dtype, jnp.inexact)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxwrap._bridge._base import BridgedFunction, check_dtype
-from jaxwrap._typing import FlatFunction, FlatResult, Role, Tensor
+from jaxwrap._bridge._base import BridgedFunction, check_dtype, host_copies
+from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 
 class JaxBridge:
@@ -32,8 +32,13 @@ class JaxBridge:
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
 
-    def adopt(self, array: np.ndarray) -> Any:
-        return array
+    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+        # To copy them all by one call is several times faster; what the user has put on a device need not be there.
+        here = [array for array in arrays if _is_anywhere(array)]
+        with jax.ensure_compile_time_eval():
+            copied = iter(jax.device_put(here, may_alias=False))
+        for array in arrays:
+            yield next(copied) if _is_anywhere(array) else next(host_copies([array]))
 
     def wrap(
         self,
@@ -50,3 +55,8 @@ class JaxBridge:
             return jitted(*tensors)
 
         return call
+
+
+def _is_anywhere(array: Array | np.ndarray) -> bool:
+    """Whether an array is one of JAX, of a dtype of its own, that is where it is by no choice of the user."""
+    return isinstance(array, jax.Array) and not array.committed and not array.weak_type

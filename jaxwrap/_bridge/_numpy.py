@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxwrap._bridge._base import ALIGNMENT, BridgedFunction, Kept, check_dtype
-from jaxwrap._typing import FlatFunction, FlatResult, Role, Tensor
+from jaxwrap._bridge._base import ALIGNMENT, BridgedFunction, Kept, check_dtype, host_copies
+from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 # Up to this size a copy at each call is not worth a thought.
 _SMALL = 1 << 16
@@ -36,8 +36,8 @@ class NumpyBridge:
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
 
-    def adopt(self, array: np.ndarray) -> Any:
-        return array
+    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+        return host_copies(arrays)
 
     def wrap(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from tensorflow.python.eager import context, execute, record
 from tensorflow.python.framework.ops import EagerTensor
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from jaxwrap._bridge._base import BridgedFunction, check_dtype, vjp, vjp_roles
+from jaxwrap._bridge._base import BridgedFunction, check_dtype, host_copies, vjp, vjp_roles
 from jaxwrap._bridge._stablehlo import Artifact, Shape, export
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
@@ -46,8 +46,8 @@ class TensorFlowBridge:
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return tf.autograph.experimental.do_not_convert(fn)
 
-    def adopt(self, array: np.ndarray) -> Any:
-        return array
+    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+        return host_copies(arrays)
 
     def wrap(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jaxwrap._bridge._base import (
     BridgedFunction,
     Kept,
     check_dtype,
+    host_copies,
     own_outputs,
     vjp,
     vjp_roles,
@@ -55,10 +56,9 @@ class TorchBridge:
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compiler.disable(fn)
 
-    def adopt(self, array: np.ndarray) -> Any:
-        if array.dtype.name not in _NUMPY_DTYPES.values():
-            return array
-        return torch.from_numpy(array)
+    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+        for copy in host_copies(arrays):
+            yield torch.from_numpy(copy) if copy.dtype.name in _NUMPY_DTYPES.values() else copy
 
     def wrap(
         self,
