@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,11 +35,13 @@ class JaxBridge:
 
     def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
         # To copy them all by one call is several times faster; what the user has put on a device need not be there.
-        here = [array for array in arrays if _is_anywhere(array)]
+        anywhere = list(map(_is_anywhere, arrays))
         with jax.ensure_compile_time_eval():
-            copied = iter(jax.device_put(here, may_alias=False))
-        for array in arrays:
-            yield next(copied) if _is_anywhere(array) else next(host_copies([array]))
+            copied = iter(
+                jax.device_put(list(itertools.compress(arrays, anywhere)), may_alias=False)
+            )
+        for array, is_anywhere in zip(arrays, anywhere, strict=True):
+            yield next(copied) if is_anywhere else next(host_copies([array]))
 
     def wrap(
         self,
