@@ -22,6 +22,7 @@ class Figure:
 FIGURES = {
     "eager": Figure("inference:eager"),
     "eager-tree": Figure("inference:eager_tree"),
+    "optimizer": Figure("optimizers:optimizer", TRAINING),
     "gradient": Figure("training:gradient", ("torch",)),
     "fit": Figure("training:fit", TRAINING),
     "cost": Figure("cost:cost", ("jax",)),

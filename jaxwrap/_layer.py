@@ -29,7 +29,7 @@ from jaxwrap._shortcut import Shortcut, enter
 from jaxwrap._signature import AUTO, check_types
 from jaxwrap._specs import Spec, abstract_call
 from jaxwrap._typing import PyTree
-from jaxwrap._variables import current_values
+from jaxwrap._variables import assign_all, current_values
 from jaxwrap._weights import Stored, WeightedLayer
 
 
@@ -333,20 +333,21 @@ class JaxLayer(WeightedLayer):
         """
         if self._means is not None:
             return self._means
-        self._keep("_means", {})
         try:
             names = self._abstract_result(self._specs, True)["metrics"]
         except Exception:
             # A layer may be built for other inputs than it is called with; what is wrong, the call will say.
-            names = {}
-        if names:
-            self._keep("_means", {name: RunningMean(self, name) for name in names})
-            means = self._means.values()
+            names = ()
+        means = {name: RunningMean(self, name) for name in names}
+        self._keep("_means", means)
+        if means:
             self._tracker.unlock()
-            self.tracked_means = [variable for mean in means for variable in mean.variables]
-            self.tracked_metrics = [mean.metric for mean in means]
+            self.tracked_means = [
+                variable for mean in means.values() for variable in mean.variables
+            ]
+            self.tracked_metrics = [mean.metric for mean in means.values()]
             self._lock_state()
-        return self._means
+        return means
 
     def _mean(self, name: str) -> RunningMean:
         if name not in self._reported():
@@ -409,8 +410,8 @@ class JaxLayer(WeightedLayer):
         held = [*params.variables, *state.variables, *(g.state for g in generators)]
         outputs, loss, aux, told = calls([*current_values(held), *fed], structure, training)
         if training or self.update_state_in_inference:
-            for index, value in zip(told.changed, aux, strict=False):
-                state.variables[index].assign(value)
+            changed = [state.variables[index] for index in told.changed]
+            assign_all(changed, aux[: len(changed)])
         for generator, count in zip(generators, told.draws, strict=True):
             generator.advance(count)
         if loss is not None:

@@ -450,6 +450,14 @@ def assign(variable: keras.Variable, value: np.ndarray) -> None:
     variable.assign(_to_tensor(value, variable.dtype))
 
 
+def assign_all(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+    """Assigns to each variable a tensor of its shape and dtype."""
+    if not in_stateless_scope() and get_bridge().write(current_values(variables), values):
+        return
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
 def _to_tensor(value: Any, dtype: str) -> Any:
     if isinstance(value, jax.Array) and value.dtype == dtype:
         return value

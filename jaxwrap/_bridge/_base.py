@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,6 +56,26 @@ class Bridge(Protocol):
         Where Keras always copies, each is to be dropped before the next one is asked for.
         """
         ...
+
+    def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+        """Writes values over those of tensors of the same shapes and dtypes, all by one call, if tensors can change.
+
+        Returns:
+            Whether they can. If not, nothing has been done.
+        """
+        return False
+
+    def lifted(self) -> contextlib.AbstractContextManager[Any]:
+        """A scope in which variables can be read and made although a training step is being traced around it."""
+        return contextlib.nullcontext()
+
+    def dense(self, gradient: Any) -> Tensor:
+        """A gradient as a tensor, if the backend has other kinds of gradients, too."""
+        return gradient
+
+    def replicas(self) -> int:
+        """On how many devices the backend runs the same training step, if it is the backend that does so."""
+        return 1
 
     def wrap(
         self,

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxwrap._bridge._base import BridgedFunction, check_dtype, host_copies
+from jaxwrap._bridge._base import Bridge, BridgedFunction, check_dtype, host_copies
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 
-class JaxBridge:
+class JaxBridge(Bridge):
     """The bridge of a backend that already is JAX."""
 
     name = "jax"

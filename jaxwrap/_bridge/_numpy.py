@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwrap._bridge._base import ALIGNMENT, BridgedFunction, Kept, check_dtype, host_copies
+from jaxwrap._bridge._base import ALIGNMENT, Bridge, BridgedFunction, Kept, check_dtype, host_copies
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 # Up to this size a copy at each call is not worth a thought.
 _SMALL = 1 << 16
 
 
-class NumpyBridge:
+class NumpyBridge(Bridge):
     """The bridge of Keras's inference-only backend."""
 
     name = "numpy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from tensorflow.python.eager import context, execute, record
 from tensorflow.python.framework.ops import EagerTensor
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from jaxwrap._bridge._base import BridgedFunction, check_dtype, host_copies, vjp, vjp_roles
+from jaxwrap._bridge._base import Bridge, BridgedFunction, check_dtype, host_copies, vjp, vjp_roles
 from jaxwrap._bridge._stablehlo import Artifact, Shape, export
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
@@ -22,7 +23,7 @@ from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 _STABLEHLO_VERSION = "1.13.0"
 
 
-class TensorFlowBridge:
+class TensorFlowBridge(Bridge):
     """The bridge of TensorFlow: eager or in a `tf.function`, differentiable by `tf.GradientTape`."""
 
     name = "tensorflow"
@@ -48,6 +49,15 @@ class TensorFlowBridge:
 
     def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
         return host_copies(arrays)
+
+    def lifted(self) -> contextlib.AbstractContextManager[Any]:
+        return tf.init_scope()
+
+    def dense(self, gradient: Any) -> Tensor:
+        return tf.convert_to_tensor(gradient)  # of slices, which an embedding has
+
+    def replicas(self) -> int:
+        return tf.distribute.get_strategy().num_replicas_in_sync
 
     def wrap(
         self,

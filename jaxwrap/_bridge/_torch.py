@@ -13,6 +13,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from jaxwrap._bridge._base import (
     ALIGNMENT,
+    Bridge,
     BridgedFunction,
     Kept,
     check_dtype,
@@ -34,7 +35,7 @@ _NUMPY_DTYPES = {
 }
 
 
-class TorchBridge:
+class TorchBridge(Bridge):
     """The bridge of PyTorch: ordinary tensors in and out, differentiable by `torch.autograd`."""
 
     name = "torch"
@@ -59,6 +60,11 @@ class TorchBridge:
     def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
         for copy in host_copies(arrays):
             yield torch.from_numpy(copy) if copy.dtype.name in _NUMPY_DTYPES.values() else copy
+
+    def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+        with torch.no_grad():
+            torch._foreach_copy_(list(tensors), list(values))
+        return True
 
     def wrap(
         self,

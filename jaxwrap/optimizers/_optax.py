@@ -11,7 +11,6 @@ import keras
 from jax.core import Tracer
 
 from jaxwrap._bridge import get_bridge
-from jaxwrap._bridge._training import dense, lifted, replicas
 from jaxwrap._serialization import deserialize, serialize
 from jaxwrap._storage import load, save, stored_paths
 from jaxwrap._typing import PyTree, Tensor
@@ -107,13 +106,13 @@ class OptaxOptimizer(RatedOptimizer):
             ValueError: If the transformation needs what a Keras optimizer cannot give; or under a `tf.distribute`
                 strategy of several replicas.
         """
-        if (count := replicas()) > 1:
+        if (count := get_bridge().replicas()) > 1:
             raise ValueError(
                 f"{self._owner}: a `tf.distribute` strategy with {count} replicas is not supported, as their gradients "
                 "would not be summed. Train on one device, or use an optimizer of Keras."
             )
         # Keras may build an optimizer when it compiles the first training step.
-        with lifted():
+        with get_bridge().lifted():
             step = self._make_step(variables)
         kept = {}
         if self.built:
@@ -244,11 +243,11 @@ class OptaxOptimizer(RatedOptimizer):
         learning_rate: Any,
     ) -> None:
         """The place where Keras has clipped, accumulated and unscaled the gradients, on each backend."""
-        is_tensor = get_bridge().is_tensor
+        bridge = get_bridge()
         gradients: list[Any] = [None] * len(self._places)
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            if not is_tensor(gradient):
-                gradient = keras.ops.convert_to_tensor(dense(gradient), sparse=False)
+            if not bridge.is_tensor(gradient):
+                gradient = keras.ops.convert_to_tensor(bridge.dense(gradient), sparse=False)
             gradients[self._places[self._var_key(variable)]] = gradient
         rate = None
         if self._recipe.takes_rate:

@@ -11,7 +11,7 @@ import keras
 from jaxwrap._function import PytreeFunction
 from jaxwrap._state import State
 from jaxwrap._typing import PyTree, Tensor
-from jaxwrap._variables import to_host
+from jaxwrap._variables import assign_all, current_values, to_host
 from jaxwrap.optimizers._params import Params
 from jaxwrap.optimizers._recipe import Recipe, init, needed_arguments, update
 
@@ -69,12 +69,15 @@ class Step:
             extra: Extra arguments of the transformation.
         """
         variables = (self.params.variables, self.state.variables)
-        old = [[variable.value for variable in part] for part in variables]
+        old = list(map(current_values, variables))
         _, new = self._update((), (list(gradients), rate, extra), old)
-        for part, values in zip(variables, new, strict=True):
-            for variable, value in zip(part, values, strict=True):
-                if value is not None:
-                    variable.assign(value)
+        pairs = [
+            (variable, value)
+            for part, values in zip(variables, new, strict=True)
+            for variable, value in zip(part, values, strict=True)
+            if value is not None
+        ]
+        assign_all([variable for variable, _ in pairs], [value for _, value in pairs])
 
     def _call(self, _: PyTree, constant: PyTree, old: PyTree) -> tuple[PyTree, PyTree]:
         gradients, rate, extra = constant
