@@ -93,7 +93,7 @@ class Model:
 MODELS = {
     "mlp": Model("38-leaf MLP", MLP, 32, (64,), 400),
     "transformer": Model("transformer", Transformer, 8, (64,), 10, "int32"),
-    "resnet": Model("ResNet-18", ResNet18, 8, (64, 64, 3), 5),
+    "resnet": Model("ResNet-18", ResNet18, 8, (32, 32, 3), 5),
 }
 
 
