@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,32 +12,18 @@ from jaxwrap._bridge._base import conjugate, restrict
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Static
 
 # What takes less time to compute again, within what XLA fuses, than to write and to pass on as one more array.
-_CHEAP = {
-    *("abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp"),
-    *("convert_element_type", "copy", "cos", "div", "erf", "exp", "exp2", "expm1", "expand_dims"),
-    *(
-        "floor",
-        "integer_pow",
-        "iota",
-        "log",
-        "log1p",
-        "logistic",
-        "max",
-        "min",
-        "mul",
-        "neg",
-        "not",
-        "or",
-    ),
-    *("pow", "reduce_max", "reduce_min", "reduce_sum", "reshape", "rsqrt", "select_n", "sign"),
-    *("sin", "sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh", "transpose", "xor"),
-}
+_CHEAP = """
+    abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos div erf exp exp2 expand_dims expm1
+    floor integer_pow iota log log1p logistic max min mul neg not or pow reduce_max reduce_min reduce_sum reshape rsqrt
+    select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor
+"""
+_CHEAP_NAMES = frozenset(_CHEAP.split())
 # Gradients of up to so many bytes come in one array, as it takes longer to pass an array on than to copy it.
 _SMALL = 1 << 16
 
 
 def _is_worth_keeping(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in _CHEAP
+    return primitive.name not in _CHEAP_NAMES
 
 
 class Linearized:
@@ -64,10 +50,8 @@ class Linearized:
         try:
             frugal = jax.checkpoint(restricted, policy=_is_worth_keeping, prevent_cse=False)
             floats, pullback, (others, aux, static) = jax.vjp(frugal, *primals, has_aux=True)
-        except (
-            NotImplementedError,
-            TypeError,
-        ):  # JAX does not do that with some effects, nor with complex numbers
+        except (NotImplementedError, TypeError):
+            # JAX does not do that with some effects, nor with complex numbers.
             floats, pullback, (others, aux, static) = jax.vjp(restricted, *primals, has_aux=True)
         remaining = iter(floats)
         outputs = tuple(next(remaining) if other is None else other for other in others)
@@ -75,14 +59,20 @@ class Linearized:
         # An argument need not be returned to be had again, unless it will have been overwritten.
         arguments = {id(array): index for index, array in enumerate(arrays)}
         places = [arguments.get(id(leaf)) for leaf in leaves]
+        keys = {
+            index: jax.random.key_impl(leaf)
+            for index, leaf in enumerate(leaves)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        }
         residuals = []
         for index, leaf in enumerate(leaves):
             if places[index] in self._states:
                 residuals.append(jnp.copy(leaf))
                 places[index] = None
             elif places[index] is None:
-                residuals.append(leaf)
-        return FlatResult(outputs, aux, static), residuals, Static(Pullback(structure, places))
+                residuals.append(jax.random.key_data(leaf) if index in keys else leaf)
+        pullback_of = Pullback(structure, places, keys)
+        return FlatResult(outputs, aux, static), residuals, Static(pullback_of)
 
 
 class Pullback:
@@ -92,14 +82,26 @@ class Pullback:
         arguments: Which of the arguments of the forward call it needs.
     """
 
-    def __init__(self, structure: Any, places: Sequence[int | None]):
+    def __init__(self, structure: Any, places: Sequence[int | None], keys: Mapping[int, Any]):
         self._structure = structure
         self._places = places
+        self._keys = keys
         self.arguments = sorted({place for place in places if place is not None})
-        self._jitted = jax.jit(self._pull_back)
+        self._jitted = jax.jit(self._pack)
 
-    def __call__(self, *arrays: Array) -> tuple[dict[tuple[int, ...], Array], dict[int, Array]]:
-        """Takes these arguments, the residuals and the cotangents.
+    def gradients(self, *arrays: Array) -> list[Array]:
+        """Takes these arguments, the residuals and the cotangents; returns the gradients."""
+        remaining = iter(arrays)
+        arguments = {index: next(remaining) for index in self.arguments}
+        leaves = [next(remaining) if place is None else arguments[place] for place in self._places]
+        for index, impl in self._keys.items():
+            leaves[index] = jax.random.wrap_key_data(leaves[index], impl=impl)
+        pullback = jax.tree_util.tree_unflatten(self._structure, leaves)
+        gradients = pullback([conjugate(cotangent) for cotangent in remaining])
+        return [conjugate(gradient) for gradient in gradients]
+
+    def packed(self, *arrays: Array) -> tuple[dict[tuple[int, ...], Array], dict[int, Array]]:
+        """What `gradients` returns, in fewer arrays, compiled.
 
         Returns:
             Gradients by their indices: the small ones of a dtype in one vector, one after the other; and the others.
@@ -109,13 +111,8 @@ class Pullback:
             zip(static.value[1], others, strict=True)
         )
 
-    def _pull_back(self, *arrays: Array) -> tuple[list[Array], list[Array], Static]:
-        remaining = iter(arrays)
-        arguments = {index: next(remaining) for index in self.arguments}
-        leaves = [next(remaining) if place is None else arguments[place] for place in self._places]
-        pullback = jax.tree_util.tree_unflatten(self._structure, leaves)
-        gradients = pullback([conjugate(cotangent) for cotangent in remaining])
-        gradients = [conjugate(gradient) for gradient in gradients]
+    def _pack(self, *arrays: Array) -> tuple[list[Array], list[Array], Static]:
+        gradients = self.gradients(*arrays)
         small: dict[Any, list[int]] = {}
         for index, gradient in enumerate(gradients):
             if 0 < gradient.size * gradient.dtype.itemsize <= _SMALL:

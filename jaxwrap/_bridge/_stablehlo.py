@@ -57,15 +57,13 @@ def export(
     error = None
     for arguments in _symbolic(specs):
         try:
-            exported = jax.export.export(jitted, platforms=platforms)(*arguments)
+            return export_for(jitted, arguments, platforms, version)
+        except NotImplementedError:
+            raise
         except Exception as raised:
-            if "host_callbacks" in str(raised):
-                raise NotImplementedError(_CALLBACKS) from raised
             if all(None not in shape for shape, _ in specs):
                 raise
             error = error or raised
-        else:
-            return Artifact(_serialize(exported.mlir_module(), version), exported)
     assert error is not None
     received = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
     raise ValueError(
@@ -73,6 +71,30 @@ def export(
         "while the graph is built. If the function has to know such a size, give it: set the shape of the input, or "
         f"`batch_size` in keras.Input. JAX says: {error}"
     ) from error
+
+
+def export_for(
+    jitted: Any,
+    arguments: Sequence[Any],
+    platforms: tuple[str, ...] | None,
+    version: str,
+) -> Artifact:
+    """The same for arguments of whose unknown sizes it is known which are equal: symbols of one scope.
+
+    Args:
+        jitted: A function under `jax.jit`.
+        arguments: Anything with a shape and a dtype for each argument.
+        platforms: As for `export`.
+        version: Likewise.
+    """
+    structs = [jax.ShapeDtypeStruct(argument.shape, argument.dtype) for argument in arguments]
+    try:
+        exported = jax.export.export(jitted, platforms=platforms)(*structs)
+    except Exception as raised:
+        if "host_callbacks" in str(raised):
+            raise NotImplementedError(_CALLBACKS) from raised
+        raise
+    return Artifact(_serialize(exported.mlir_module(), version), exported)
 
 
 def _symbolic(specs: Sequence[tuple[Shape, str]]) -> Iterator[list[jax.ShapeDtypeStruct]]:

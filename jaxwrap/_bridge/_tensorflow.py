@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,8 +15,17 @@ from tensorflow.python.eager import context, execute, record
 from tensorflow.python.framework.ops import EagerTensor
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from jaxwrap._bridge._base import Bridge, BridgedFunction, check_dtype, host_copies, vjp, vjp_roles
-from jaxwrap._bridge._stablehlo import Artifact, Shape, export
+from jaxwrap._bridge._base import (
+    Bridge,
+    BridgedFunction,
+    check_dtype,
+    host_copies,
+    inexact,
+    vjp,
+    vjp_roles,
+)
+from jaxwrap._bridge._residuals import Linearized
+from jaxwrap._bridge._stablehlo import Artifact, Shape, export, export_for
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 # The newest StableHLO that TensorFlow 2.21 reads is 1.13.7.
@@ -83,6 +92,7 @@ class _Function:
         self._held = [index for index, role in enumerate(roles) if role.held]
         self._jitted = jax.jit(fn)
         self._artifacts: dict[Any, Artifact] = {}
+        self._halves: dict[Any, _Halves | None] = {}
         self._vjps: dict[tuple[tuple[int, ...], int], _Function] = {}
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
@@ -103,7 +113,7 @@ class _Function:
             merged = list(tensors)
             for index, tensor in zip(wrt, chosen, strict=True):
                 merged[index] = tensor
-            outputs, aux, static = self._run(tuple(merged))
+            (outputs, aux, static), pull_back = self._record(wrt, tuple(merged))
             known[:] = [len(outputs), static]
 
             def gradient(*cotangents: Tensor) -> list[Tensor]:
@@ -112,11 +122,9 @@ class _Function:
                     for cotangent, output in zip(cotangents, outputs, strict=False)
                     if _is_inexact(output)
                 ]
-                pullback = self._vjp(wrt, len(received))
-                gradients = pullback(*merged, *received).outputs
                 return [
                     tf.cast(gradient, tensor.dtype)
-                    for gradient, tensor in zip(gradients, chosen, strict=True)
+                    for gradient, tensor in zip(pull_back(received), chosen, strict=True)
                 ]
 
             return [*outputs, *aux], gradient
@@ -128,7 +136,79 @@ class _Function:
     def _run(self, tensors: tuple[Tensor, ...]) -> FlatResult:
         if tf.executing_eagerly():
             return self._run_eagerly(tensors)
-        return self._call_module(tensors)
+        tensors = tuple(map(_canonical, tensors))
+        specs = tuple(map(_spec, tensors))
+        if specs not in self._artifacts:
+            self._artifacts[specs] = export(
+                self._jitted, specs, self._platforms, _STABLEHLO_VERSION
+            )
+        return _call_module(self._artifacts[specs], tensors)
+
+    def _record(
+        self, wrt: tuple[int, ...], tensors: tuple[Tensor, ...]
+    ) -> tuple[FlatResult, Callable[[list[Tensor]], Sequence[Tensor]]]:
+        """The result, and what makes gradients of the cotangents of its float outputs."""
+        # A graph into which no tape looks may be for inference, which residuals would only be a burden to.
+        if not tf.executing_eagerly() and record.could_possibly_record():
+            canonical = tuple(map(_canonical, tensors))
+            halves = self._halve(wrt, tuple(map(_spec, canonical)))
+            if halves is not None:
+                return self._call_halves(halves, wrt, canonical)
+
+        def pull_back(received: list[Tensor]) -> Sequence[Tensor]:
+            return self._vjp(wrt, len(received))(*tensors, *received).outputs
+
+        return self._run(tensors), pull_back
+
+    def _halve(self, wrt: tuple[int, ...], specs: tuple[tuple[Shape, str], ...]) -> _Halves | None:
+        key = (wrt, specs)
+        if key not in self._halves:
+            linearized = jax.jit(Linearized(self._fn, wrt, ()))
+            forward = export(linearized, specs, self._platforms, _STABLEHLO_VERSION)
+            _, exported = forward
+            result, residuals, static = jax.tree_util.tree_unflatten(
+                exported.out_tree, exported.out_avals
+            )
+            pullback = static.value
+            arguments = [
+                *(exported.in_avals[index] for index in pullback.arguments),
+                *residuals,
+                *(output for output in result.outputs if inexact(output.dtype)),
+            ]
+            try:
+                backward = export_for(
+                    jax.jit(pullback.gradients), arguments, self._platforms, _STABLEHLO_VERSION
+                )
+            except ValueError:  # their sizes do not tell what the unknown ones are
+                self._halves[key] = None
+            else:
+                self._halves[key] = _Halves(forward, backward, pullback.arguments)
+        return self._halves[key]
+
+    def _call_halves(
+        self, halves: _Halves, wrt: tuple[int, ...], tensors: tuple[Tensor, ...]
+    ) -> tuple[FlatResult, Callable[[list[Tensor]], Sequence[Tensor]]]:
+        result, residuals, _ = _call_module(halves.forward, tensors)
+
+        @tf.custom_gradient
+        def pulled(*parts: Tensor) -> tuple[Sequence[Tensor], Any]:
+            received = parts[len(wrt) :]
+            arguments = [tensors[index] for index in halves.arguments]
+            gradients = _call_module(halves.backward, (*arguments, *residuals, *received))
+
+            def derivative(*cotangents: Tensor) -> Sequence[Tensor]:
+                # Residuals are results, not variables, so here all is computed again.
+                arity = len(self._roles)
+                places = (*wrt, *range(arity, arity + len(received)))
+                second = self._vjp(wrt, len(received))._vjp(places, len(cotangents))
+                return second(*tensors, *received, *cotangents).outputs
+
+            return gradients, derivative
+
+        def pull_back(received: list[Tensor]) -> Sequence[Tensor]:
+            return pulled(*(tensors[index] for index in wrt), *received)
+
+        return result, pull_back
 
     def _run_eagerly(self, tensors: Sequence[Tensor]) -> FlatResult:
         arrays = list(tensors)
@@ -139,28 +219,6 @@ class _Function:
         outputs, aux, static = self._jitted(*map(_to_jax, arrays))
         return FlatResult(_to_tensorflow(outputs), _to_tensorflow(aux), static)
 
-    def _call_module(self, tensors: tuple[Tensor, ...]) -> FlatResult:
-        tensors = tuple(map(_canonical, tensors))
-        specs = tuple((tuple(tensor.shape), tensor.dtype.name) for tensor in tensors)
-        if specs not in self._artifacts:
-            self._artifacts[specs] = export(
-                self._jitted, specs, self._platforms, _STABLEHLO_VERSION
-            )
-        module, exported = self._artifacts[specs]
-        flat: Any = tfxla.call_module(
-            [tensors[index] for index in exported.module_kept_var_idx],
-            version=exported.calling_convention_version,
-            module=module,
-            Tout=[tf.as_dtype(aval.dtype) for aval in exported.out_avals],
-            Sout=[
-                tf.TensorShape([size if isinstance(size, int) else None for size in aval.shape])
-                for aval in exported.out_avals
-            ],
-            platforms=[platform.upper() for platform in exported.platforms],
-            use_shardy_partitioner=True,
-        )
-        return jax.tree_util.tree_unflatten(exported.out_tree, flat)
-
     def _vjp(self, wrt: tuple[int, ...], cotangents: int) -> _Function:
         key = (wrt, cotangents)
         if key not in self._vjps:
@@ -169,6 +227,42 @@ class _Function:
                 pullback, vjp_roles(self._roles, cotangents), self._platforms
             )
         return self._vjps[key]
+
+
+class _Halves(NamedTuple):
+    """A function that returns residuals too, and its vjp, which takes them; see `Linearized`.
+
+    Attributes:
+        forward: The function.
+        backward: Takes some of its arguments, the residuals, and a cotangent for each float output.
+        arguments: Which arguments.
+    """
+
+    forward: Artifact
+    backward: Artifact
+    arguments: Sequence[int]
+
+
+def _call_module(artifact: Artifact, tensors: Sequence[Tensor]) -> Any:
+    """Puts a call of an exported function into the graph; returns the pytree that it returns."""
+    module, exported = artifact
+    flat: Any = tfxla.call_module(
+        [tensors[index] for index in exported.module_kept_var_idx],
+        version=exported.calling_convention_version,
+        module=module,
+        Tout=[tf.as_dtype(aval.dtype) for aval in exported.out_avals],
+        Sout=[
+            tf.TensorShape([size if isinstance(size, int) else None for size in aval.shape])
+            for aval in exported.out_avals
+        ],
+        platforms=[platform.upper() for platform in exported.platforms],
+        use_shardy_partitioner=True,
+    )
+    return jax.tree_util.tree_unflatten(exported.out_tree, flat)
+
+
+def _spec(tensor: Tensor) -> tuple[Shape, str]:
+    return tuple(tensor.shape), tensor.dtype.name
 
 
 def _as_tensor(value: Any) -> Tensor:

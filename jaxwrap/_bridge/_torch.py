@@ -229,7 +229,7 @@ class _Record(torch.autograd.Function):
             gradients = pullback(*tensors, *received).outputs
         else:
             arguments = [ctx.function.array(tensors, index) for index in ctx.pullback.arguments]
-            arrays = ctx.pullback(*arguments, *ctx.residuals, *map(_to_jax, received))
+            arrays = ctx.pullback.packed(*arguments, *ctx.residuals, *map(_to_jax, received))
             gradients = _gradients([tensors[index] for index in ctx.wrt], *arrays)
         result: list[Any] = [None] * (3 + len(tensors))
         for index, gradient in zip(ctx.wrt, gradients, strict=True):
