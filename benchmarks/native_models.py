@@ -3,7 +3,7 @@
 import keras
 
 from benchmarks.backends import BACKEND
-from benchmarks.models import RESNET_BLOCKS
+from benchmarks.models import MODELS, RESNET_BLOCKS
 
 if BACKEND == "torch":
     from torch import nn
@@ -27,7 +27,7 @@ def keras_resnet():
         x = layers.Conv2D(width, size, stride, use_bias=False)(x)
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
 
-    inputs = keras.Input((64, 64, 3))
+    inputs = keras.Input(MODELS["resnet"].shape)
     x = layers.ReLU()(conv(inputs, 64, 7, 2))
     # After a ReLU, padding with zeros changes no maximum.
     x = layers.MaxPooling2D(3, 2)(layers.ZeroPadding2D(1)(x))
