@@ -39,33 +39,50 @@ def import_keras():
 
 def first_step(backend, rounds, seconds):
     rival = "jitted JAX"
+    built_in = "keras.layers.FlaxLayer"
     targets = {"jaxwrap": "startup:first_step_of_ours", rival: "startup:first_step_of_jax"}
+    if backend != "torch":
+        targets[built_in] = "startup:first_step_of_keras"
     times = _alternate(targets, backend, rounds)
     whats = {
         "step": ("time to first train step, transformer", 1.15),
         "all": ("the same with making and building the model", None),
     }
     for key, (what, target) in whats.items():
-        ours, theirs = ([run[key] for run in times[name]] for name in targets)
-        yield rows.ratio("first-step", what, "jaxwrap", rival, ours, theirs, target)
+        by_name = {name: [run[key] for run in times[name]] for name in targets}
+        theirs = by_name.pop(rival)
+        for name, ours in by_name.items():
+            limit = target if name == "jaxwrap" else None
+            yield rows.ratio("first-step", what, name, rival, ours, theirs, limit)
 
 
 def first_step_of_ours():
+    from jaxwrap import FlaxLayer
+
+    yield _first_step(FlaxLayer)
+
+
+def first_step_of_keras():
+    from keras.layers import FlaxLayer
+
+    yield _first_step(FlaxLayer)
+
+
+def _first_step(make):
     import keras
 
-    import jaxwrap
     from benchmarks.models import MODELS
 
     model = MODELS["transformer"]
     variables, x, y = model.variables(), model.inputs(), model.targets()
     begin = time.perf_counter()
     inputs = keras.Input(model.shape, dtype=model.dtype)
-    layer = jaxwrap.FlaxLayer(model.make(), variables=variables)
+    layer = make(model.make(), variables=variables)
     made = keras.Model(inputs, layer(inputs))
     made.compile(keras.optimizers.SGD(0.1), "mse")
     built = time.perf_counter()
     made.train_on_batch(x, y)
-    yield {"all": time.perf_counter() - begin, "step": time.perf_counter() - built}
+    return {"all": time.perf_counter() - begin, "step": time.perf_counter() - built}
 
 
 def first_step_of_jax():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from jaxwrap._bridge import BridgedFunction, get_bridge
 from jaxwrap._pure import CallResult, PureFunctions, call_and_tell
@@ -121,7 +122,8 @@ class Calls:
                 params, state, fed = rest
                 return self._call(keys, params, state, fed, arguments, training)
 
-            if training or not jax.tree_util.tree_leaves(keys):
+            # In a symbolic scope only shapes are asked for, and to tell takes longer.
+            if training or not jax.tree_util.tree_leaves(keys) or in_symbolic_scope():
                 (outputs, loss, changed, metrics), drew = call(keys, rest), True
             else:
                 (outputs, loss, changed, metrics), drew = call_and_tell(call, keys, rest)
