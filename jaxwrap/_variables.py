@@ -452,6 +452,8 @@ def assign(variable: keras.Variable, value: np.ndarray) -> None:
 
 def assign_all(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
     """Assigns to each variable a tensor of its shape and dtype."""
+    if not variables:
+        return
     if not in_stateless_scope() and get_bridge().write(current_values(variables), values):
         return
     for variable, value in zip(variables, values, strict=True):

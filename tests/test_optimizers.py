@@ -13,6 +13,7 @@ from backends import to_numpy
 from sklearn.datasets import load_digits
 
 import jaxwrap
+from jaxwrap._bridge import get_bridge
 
 pytestmark = pytest.mark.trains
 register = jaxwrap.register_serializable("tests_optimizers")
@@ -565,7 +566,7 @@ def test_what_has_no_line_search_is_supported():
 
 
 def test_replicas_are_not_supported(monkeypatch):
-    monkeypatch.setattr(jaxwrap.optimizers._optax, "replicas", lambda: 2)
+    monkeypatch.setattr(type(get_bridge()), "replicas", lambda self: 2)
     optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
     with pytest.raises(ValueError, match=r"strategy with 2 replicas is not supported.*one device"):
         optimizer.build(make().trainable_variables)
