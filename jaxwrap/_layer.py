@@ -409,11 +409,15 @@ class JaxLayer(WeightedLayer):
         generators = self._generators().values()
         held = [*params.variables, *state.variables, *(g.state for g in generators)]
         outputs, loss, aux, told = calls([*current_values(held), *fed], structure, training)
+        changed, values = [], []
         if training or self.update_state_in_inference:
-            changed = [state.variables[index] for index in told.changed]
-            assign_all(changed, aux[: len(changed)])
+            changed += [state.variables[index] for index in told.changed]
+            values += aux[: len(changed)]
         for generator, count in zip(generators, told.draws, strict=True):
-            generator.advance(count)
+            if count:
+                changed.append(generator.state)
+                values.append(generator.after(count))
+        assign_all(changed, values)
         if loss is not None:
             self.add_loss(loss)
         for name, value in zip(told.metrics, aux[len(told.changed) :], strict=True):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from jaxwrap._bridge import get_bridge
 from jaxwrap._typing import Array, Tensor
 
 # Initial values are drawn from counters that calls do not reach.
@@ -56,6 +57,10 @@ def init_seed(seed: int, count: int) -> np.ndarray:
 class Generator(keras.random.SeedGenerator):
     """A Keras seed generator that can be drawn from while JAX traces: see `drawing`."""
 
+    def __init__(self, seed: int, name: str):
+        super().__init__(seed, name=name)
+        self._steps: dict[int, Tensor] = {}
+
     def next(self, ordered: bool = True) -> Tensor:
         """A new seed, of shape (2,)."""
         draws = getattr(_drawing, "draws", {})
@@ -65,11 +70,15 @@ class Generator(keras.random.SeedGenerator):
         draws[self] = state, count + 1
         return state + jnp.array([0, count], state.dtype)
 
-    def advance(self, count: int) -> None:
-        """Leaves the generator as that many draws do."""
-        if count:
+    def after(self, count: int) -> Tensor:
+        """What that many draws leave the state at."""
+        state = self.state.value
+        step = self._steps.get(count)
+        if step is None or step.device != getattr(state, "device", None):
             step = keras.ops.convert_to_tensor(np.array([0, count]), self.state.dtype)
-            self.state.assign(keras.ops.add(self.state.value, step))
+            if get_bridge().is_concrete(step):
+                self._steps[count] = step
+        return state + step
 
 
 _drawing = threading.local()
