@@ -526,14 +526,23 @@ def test_the_loss_is_passed_on():
     assert float(state[1].scale) == float(to_numpy(optimizer.state[1].scale.value)) < 0.5
 
 
-def test_the_loss_in_fit(backend):
-    model, optimizer = make(), jaxwrap.OptaxOptimizer(plateau())
-    if backend.name == "jax":
-        with pytest.raises(ValueError, match=r"needs `value`.*apply\(grads, variables, value="):
-            fit(model, optimizer, 1)
-    else:
-        fit(model, optimizer, 8)
-        assert float(to_numpy(optimizer.state[1].scale.value)) < 1
+def test_the_loss_in_fit():
+    model, (x, y) = make(), digits()
+    expected, state = train_native(params_of(model), plateau(), 20, value=True)
+    optimizer = jaxwrap.OptaxOptimizer(plateau())
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y, epochs=20, batch_size=len(x), shuffle=False, verbose=0)
+    assert_close(params_of(model), expected)
+    assert float(state[1].scale) == float(to_numpy(optimizer.state[1].scale.value)) < 0.5
+
+
+def test_the_loss_in_fit_is_the_unscaled_one():
+    results = []
+    for arguments in ({}, {"loss_scale_factor": 8.0}):
+        model, optimizer = make(), jaxwrap.OptaxOptimizer(plateau(), **arguments)
+        fit(model, optimizer, 3)
+        results.append(float(to_numpy(optimizer.state[1].avg_value.value)))
+    np.testing.assert_allclose(*results, rtol=1e-4)
 
 
 def test_a_missing_argument_changes_nothing():

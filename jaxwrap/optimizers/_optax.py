@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from jaxwrap._typing import PyTree, Tensor
 from jaxwrap._variables import assign, to_host, unique_names
 from jaxwrap.optimizers._rate import EXAMPLE, RatedOptimizer, value_of
 from jaxwrap.optimizers._recipe import Recipe
-from jaxwrap.optimizers._step import Step
+from jaxwrap.optimizers._step import Step, tap
 
 _KERAS_ARGUMENTS = (
     "name",
@@ -205,12 +206,15 @@ class OptaxOptimizer(RatedOptimizer):
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
         finally:
             self._keep("_extra", {})
+            self._keep("_loss", None)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Scales the loss, as Keras's training steps have it done; keeps it for a transformation that needs it."""
-        # Keras may build the optimizer after this. On JAX only the function that is differentiated knows the loss.
+        # Keras may build the optimizer after this.
         needed = self._step.needed if self._step else ("value",)
-        if "value" in needed and not isinstance(loss, Tracer):
+        if "value" in needed and isinstance(loss, Tracer):
+            loss = tap(loss, functools.partial(self._keep, "_loss"))
+        elif "value" in needed:
             self._keep("_loss", keras.ops.stop_gradient(loss))
         return super().scale_loss(loss)
 
@@ -262,8 +266,7 @@ class OptaxOptimizer(RatedOptimizer):
             raise ValueError(
                 f"{self._owner}: this transformation needs {', '.join(f'`{name}`' for name in missing)}. Pass it in a "
                 f"loop or a `train_step` of your own: `optimizer.apply(grads, variables, {missing[0]}=...)`. In `fit` "
-                "the loss, `value`, is at hand on TensorFlow and PyTorch; on JAX, Keras's training step has it inside "
-                "of the function that is differentiated only, and a LossScaleOptimizer does not hand it on."
+                "the loss, `value`, is at hand, unless there is a LossScaleOptimizer, which does not hand it on."
             )
         numbers = (bool, int, float)
         return jax.tree.map(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import keras
 
 from jaxwrap._function import PytreeFunction
 from jaxwrap._state import State
-from jaxwrap._typing import PyTree, Tensor
+from jaxwrap._typing import Array, PyTree, Tensor
 from jaxwrap._variables import assign_all, current_values, to_host
 from jaxwrap.optimizers._params import Params
 from jaxwrap.optimizers._recipe import Recipe, init, needed_arguments, update
@@ -105,3 +106,22 @@ class Step:
         ]
         problem = f"{self._owner}: the transformation has changed the structure of its state."
         return (), (new, self.state.encode(state, problem))
+
+
+def tap(loss: Array, receive: Callable[[Array], Any]) -> Array:
+    """The loss, which `receive` gets when it is differentiated.
+
+    Keras differentiates the loss on JAX in a function of which the optimizer sees nothing but the gradients: what is kept
+    in there means nothing outside. But residuals reach the backward pass as values of the outside.
+    """
+
+    @jax.custom_vjp
+    def same(loss: Array) -> Array:
+        return loss
+
+    def backward(residual: Array, cotangent: Array) -> tuple[Array]:
+        receive(residual)
+        return (cotangent,)
+
+    same.defvjp(lambda loss: (loss, loss), backward)
+    return same(loss)
