@@ -51,45 +51,49 @@ def fit(rounds, seconds):
         "torch": {},
     }[BACKEND]
     for name, model in MODELS.items():
-        makers = {LOOP: functools.partial(_loop, model)}
+        makers = {LOOP: functools.partial(loop, model)}
         layers = {"jaxwrap": jaxwrap.FlaxLayer, BUILT_IN: keras.layers.FlaxLayer}
         for label, layer in layers.items():
-            makers[label] = functools.partial(_fit, model, functools.partial(_model, model, layer))
+            makers[label] = functools.partial(
+                epoch, model, functools.partial(wrapped, model, layer)
+            )
         own = own_layers(name)
         if own is not None and own[0] == "keras.layers":
-            makers[own[0]] = functools.partial(_fit, model, own[1])
+            makers[own[0]] = functools.partial(epoch, model, own[1])
         # Steps that short are at the mercy of the threads' scheduling.
         done = race(makers, rounds if name != "mlp" else 3 * rounds, seconds)
         what = f"step of `fit`, {model.title}"
         yield from rows.compare("fit", what, done, [LOOP, BUILT_IN], targets)
 
 
-def _model(model, layer):
+def wrapped(model, layer):
     inputs = keras.Input(model.shape, dtype=model.dtype)
     layer = layer(model.make(), variables=model.variables())
     return keras.Model(inputs, layer(inputs))
 
 
-def _fit(model, make):
+def epoch(model, make, optimizer=keras.optimizers.Adam):
+    """An epoch of `fit`."""
     made, x, y = make(), model.inputs(model.steps), model.targets(model.steps)
-    made.compile(keras.optimizers.Adam(1e-3), "mse")
+    made.compile(optimizer(learning_rate=1e-3), "mse")
     return lambda: made.fit(x, y, batch_size=model.batch, shuffle=False, verbose=0)
 
 
-def _loop(model):
-    optimizer = optax.adam(1e-3)
+def loop(model, optimizer=optax.adam):
+    """An epoch of flax and optax."""
+    optimizer = optimizer(1e-3)
     step = jax.jit(train_step(model.make(), optimizer), donate_argnums=(0, 1, 2))
     x, y = model.inputs(model.steps), model.targets(model.steps)
     params, state = parts(model.variables())
     kept = [params, state, optimizer.init(params)]
 
-    def epoch():
+    def run():
         for start in range(0, len(x), model.batch):
             batch = slice(start, start + model.batch)
             *kept[:], loss = step(*kept, x[batch], y[batch])
         return float(loss)
 
-    return epoch
+    return run
 
 
 def gradient(rounds, seconds):

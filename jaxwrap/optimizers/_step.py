@@ -111,8 +111,8 @@ class Step:
 def tap(loss: Array, receive: Callable[[Array], Any]) -> Array:
     """The loss, which `receive` gets when it is differentiated.
 
-    Keras differentiates the loss on JAX in a function of which the optimizer sees nothing but the gradients: what is kept
-    in there means nothing outside. But residuals reach the backward pass as values of the outside.
+    Keras differentiates the loss on JAX in a function of which the optimizer sees nothing but the gradients: what is
+    kept in there means nothing outside. But residuals reach the backward pass as values of the outside.
     """
 
     @jax.custom_vjp
