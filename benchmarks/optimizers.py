@@ -70,11 +70,7 @@ def _stateless(make, leaves, gradients):
     def step(params, state, gradients):  # XLA reuses memory in the order of the arguments
         return made.stateless_apply(state, gradients, params)
 
-    def run():
-        values[:] = step(*values, gradients)
-        jax.block_until_ready(values)
-
-    return run
+    return _repeated(step, values, gradients)
 
 
 def _native(structure, leaves, gradients):
@@ -88,6 +84,10 @@ def _native(structure, leaves, gradients):
         updates, state = made.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
+    return _repeated(step, values, gradients)
+
+
+def _repeated(step, values, gradients):
     def run():
         values[:] = step(*values, gradients)
         jax.block_until_ready(values)

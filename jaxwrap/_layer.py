@@ -350,12 +350,13 @@ class JaxLayer(WeightedLayer):
         return means
 
     def _mean(self, name: str) -> RunningMean:
-        if name not in self._reported():
+        means = self._reported()
+        if name not in means:
             raise ValueError(
                 f"{self._owner}: `call_fn` reports the metric {name!r}, which it did not report in training for the "
                 "arguments that the layer was built for. Report the same metrics in every call."
             )
-        return self._reported()[name]
+        return means[name]
 
     @property
     def variables(self) -> list[keras.Variable]:

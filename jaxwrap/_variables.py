@@ -380,12 +380,12 @@ def create_variables(owner: Any, initials: Sequence[Initial]) -> list[keras.Vari
 
 
 def _create(initial: Initial, copy: Any) -> keras.Variable:
-    _, _, dtype, trainable = initial
+    dtype = initial.dtype
     variable = keras.Variable(
         lambda shape, dtype: _to_tensor(copy, dtype),
         shape=tuple(copy.shape),
         dtype=dtype,
-        trainable=trainable,
+        trainable=initial.trainable,
         autocast=False,  # what casts is the function that JAX compiles
         name=initial.path[-1],
     )

@@ -12,18 +12,18 @@ from jaxwrap._bridge._base import conjugate, restrict
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Static
 
 # What takes less time to compute again, within what XLA fuses, than to write and to pass on as one more array.
-_CHEAP = """
+_CHEAP_NAMES = """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos div erf exp exp2 expand_dims expm1
     floor integer_pow iota log log1p logistic max min mul neg not or pow reduce_max reduce_min reduce_sum reshape rsqrt
     select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor
 """
-_CHEAP_NAMES = frozenset(_CHEAP.split())
+_CHEAP = frozenset(_CHEAP_NAMES.split())
 # Gradients of up to so many bytes come in one array, as it takes longer to pass an array on than to copy it.
 _SMALL = 1 << 16
 
 
 def _is_worth_keeping(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in _CHEAP_NAMES
+    return primitive.name not in _CHEAP
 
 
 class Linearized:
