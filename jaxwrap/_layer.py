@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -27,7 +28,7 @@ from jaxwrap._rules import Rule
 from jaxwrap._serialization import check_size, deserialize, serialize, serialize_callable
 from jaxwrap._shortcut import Shortcut, enter
 from jaxwrap._signature import AUTO, check_types
-from jaxwrap._specs import Spec, abstract_call
+from jaxwrap._specs import Spec, abstract_call, fillings
 from jaxwrap._typing import PyTree
 from jaxwrap._variables import assign_all, current_values
 from jaxwrap._weights import Stored, WeightedLayer
@@ -333,11 +334,12 @@ class JaxLayer(WeightedLayer):
         """
         if self._means is not None:
             return self._means
-        try:
-            names = self._abstract_result(self._specs, True)["metrics"]
-        except Exception:
+        names = ()
+        for specs in fillings(self._specs):
             # A layer may be built for other inputs than it is called with; what is wrong, the call will say.
-            names = ()
+            with contextlib.suppress(Exception):
+                names = self._abstract_result(specs, True)["metrics"]
+                break
         means = {name: RunningMean(self, name) for name in names}
         self._keep("_means", means)
         if means:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -101,6 +101,19 @@ def placeholder(spec: Spec) -> Array:
     """An input for `init_fn`: ones, or zeros for integers and bools, of size 1 where the size is unknown."""
     make = jnp.ones if jnp.issubdtype(spec.dtype, jnp.inexact) else jnp.zeros
     return make(spec.fill(1), jax.dtypes.canonicalize_dtype(spec.dtype))
+
+
+def fillings(specs: PyTree) -> Iterator[PyTree]:
+    """The nest with one size for all unknown ones, in as many ways as `abstract_call` tries."""
+    leaves = jax.tree_util.tree_leaves(specs)
+    unknown = any(isinstance(leaf, Spec) and None in leaf.shape for leaf in leaves)
+    for size, _ in _SIZES if unknown else _SIZES[:1]:
+        yield jax.tree_util.tree_map(
+            lambda leaf, size=size: (
+                Spec(leaf.fill(size), leaf.dtype) if isinstance(leaf, Spec) else leaf
+            ),
+            specs,
+        )
 
 
 def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> PyTree:

@@ -61,7 +61,7 @@ class HaikuLayer(ModuleLayer):
         **kwargs: Any,
     ):
         owner = self._describe(kwargs.get("name"))
-        require("haiku", "0.0.13", "haiku", owner)
+        require("haiku", "0.0.13", "haiku", owner, distribution="dm-haiku")
         if not (hasattr(transformed, "init") and hasattr(transformed, "apply")):
             raise TypeError(
                 f"{owner}: expected what `hk.transform` returns, or one of its kind; received {transformed!r}."

@@ -185,7 +185,9 @@ def bind_method(module: Any, method: str | Callable[..., Any] | None) -> Callabl
     return module if method is None else functools.partial(method, module)
 
 
-def require(library: str, minimum: str, extra: str, owner: str) -> None:
+def require(
+    library: str, minimum: str, extra: str, owner: str, distribution: str | None = None
+) -> None:
     """Makes sure that a library is there, and not older than what we support.
 
     Args:
@@ -193,6 +195,7 @@ def require(library: str, minimum: str, extra: str, owner: str) -> None:
         minimum: The oldest version.
         extra: The name of our extra that installs it.
         owner: What errors begin with.
+        distribution: The name under which it is installed, if that is another one.
 
     Raises:
         ImportError: If not.
@@ -200,18 +203,12 @@ def require(library: str, minimum: str, extra: str, owner: str) -> None:
     install = f"Install it with `pip install jaxwrap[{extra}]`."
     if importlib.util.find_spec(library) is None:
         raise ImportError(f"{owner} needs {library!r}, which is not installed. {install}")
-    (distribution, *_) = _distributions().get(library, [library])
+    distribution = distribution or library
     found = importlib.metadata.version(distribution)
     if _numbers(found) < _numbers(minimum):
         raise ImportError(
             f"{owner} needs {distribution} {minimum} or newer; {found} is installed. {install}"
         )
-
-
-@functools.cache  # all that is installed is searched
-def _distributions() -> Mapping[str, list[str]]:
-    """The names under which libraries are installed."""
-    return importlib.metadata.packages_distributions()
 
 
 def _numbers(version: str) -> tuple[int, ...]:
