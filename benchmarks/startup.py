@@ -3,13 +3,13 @@
 import time
 
 from benchmarks import process, rows
+from benchmarks.timing import orders
 
 
-def _alternate(targets, backend, rounds):
-    """What each of the targets yields, by name, in rounds that take turns in who begins."""
+def _measure(targets, backend, rounds):
+    """What each of the targets yields, by name, in rounds."""
     results = {name: [] for name in targets}
-    for index in range(rounds):
-        order = list(targets) if index % 2 == 0 else list(reversed(targets))
+    for order in orders(targets, rounds):
         for name in order:
             results[name].append(process.call(targets[name], backend)[0])
     return results
@@ -17,8 +17,8 @@ def _alternate(targets, backend, rounds):
 
 def imports(backend, rounds, seconds):
     targets = {"jaxwrap": "startup:import_jaxwrap", "keras, jax": "startup:import_keras"}
-    _alternate(targets, backend, 1)  # into the page cache
-    times = _alternate(targets, backend, rounds)
+    _measure(targets, backend, 1)  # into the page cache
+    times = _measure(targets, backend, rounds)
     yield rows.ratio("import", "import", "jaxwrap", "keras, jax", *times.values(), 1.03)
 
 
@@ -43,7 +43,7 @@ def first_step(backend, rounds, seconds):
     targets = {"jaxwrap": "startup:first_step_of_ours", rival: "startup:first_step_of_jax"}
     if backend != "torch":
         targets[built_in] = "startup:first_step_of_keras"
-    times = _alternate(targets, backend, rounds)
+    times = _measure(targets, backend, rounds)
     whats = {
         "step": ("time to first train step, transformer", 1.15),
         "all": ("the same with making and building the model", None),
