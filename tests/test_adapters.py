@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 from backends import to_numpy
 from flax import nnx
+from models import x
 from zoo import ZOO, EqxConvNet, NnxAttention, NnxCnn
 
 import jaxwrap
 from jaxwrap import EquinoxLayer, FlaxLayer, HaikuLayer, JaxLayer, NNXLayer
-
-
-def x(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
 def paths(variables):

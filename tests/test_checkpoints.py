@@ -19,13 +19,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from models import x
 from orbax.checkpoint import StandardCheckpointer
 
 from jaxwrap import EquinoxLayer, FlaxLayer, JaxLayer, NNXLayer, checkpoints
-
-
-def x(*shape):
-    return np.random.default_rng(0).standard_normal(shape).astype("float32")
 
 
 class Mixed(nn.Module):

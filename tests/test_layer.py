@@ -9,14 +9,10 @@ import models
 import numpy as np
 import pytest
 from backends import to_numpy
-from models import MODELS
+from models import MODELS, x
 
 import jaxwrap
 from jaxwrap import JaxLayer
-
-
-def x(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
 def mlp(**kwargs):

@@ -7,12 +7,9 @@ import models
 import numpy as np
 import pytest
 from backends import to_numpy
+from models import x
 
 from jaxwrap import FlaxLayer, JaxLayer, export_saved_model
-
-
-def x(*shape):
-    return np.random.default_rng(0).standard_normal(shape).astype("float32")
 
 
 def tokens():

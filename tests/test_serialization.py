@@ -24,6 +24,7 @@ from flax import nnx
 from flax.core import FrozenDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import x
 
 import jaxwrap
 from jaxwrap import EquinoxLayer, FlaxLayer, HaikuLayer, JaxLayer, NNXLayer, Rule
@@ -31,10 +32,6 @@ from jaxwrap._serialization import deserialize, serialize
 from jaxwrap._serialization._names import _FACTORIES, _LIBRARY_NAMES, _NAMES, find, name_of
 
 register = jaxwrap.register_serializable("tests_serialization")
-
-
-def x(*shape):
-    return np.random.default_rng(0).standard_normal(shape).astype("float32")
 
 
 def through_json(config):

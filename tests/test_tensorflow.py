@@ -5,14 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import to_numpy
+from models import x
 
 from jaxwrap import JaxLayer
 
 pytestmark = pytest.mark.only("tensorflow")
-
-
-def array(*shape):
-    return np.random.default_rng(0).normal(size=shape).astype("float32")
 
 
 def steps(layer, shape, watched=True):
@@ -43,7 +40,7 @@ def test_a_gradient_computes_nothing_again(shape):
         traced.append(1)
         return jnp.exp(jnp.sin(inputs @ params["w"]) @ params["v"])
 
-    params = {"w": array(3, 5), "v": array(5, 2)}
+    params = {"w": x(3, 5), "v": x(5, 2)}
     layer = JaxLayer(call, params=params)
     layer.build(shape)
     assert not layer.metrics  # to know that takes a trace of its own
@@ -52,11 +49,11 @@ def test_a_gradient_computes_nothing_again(shape):
     assert len(traced) == 1
     assert len(modules(graph)) == 2
 
-    x = array(4, 3)
-    loss, gradients = step(x)
+    inputs = x(4, 3)
+    loss, gradients = step(inputs)
 
     def loss_of(params):
-        return (call(params, x) ** 2).sum()
+        return (call(params, inputs) ** 2).sum()
 
     expected = jax.value_and_grad(loss_of)(params)
     np.testing.assert_allclose(to_numpy(loss), expected[0], rtol=1e-5)
@@ -66,7 +63,7 @@ def test_a_gradient_computes_nothing_again(shape):
 
 
 def test_a_graph_without_a_tape_has_no_residuals():
-    params = {"w": array(3, 5), "v": array(5, 2)}
+    params = {"w": x(3, 5), "v": x(5, 2)}
     layer = JaxLayer(
         lambda params, inputs: jnp.sin(inputs @ params["w"]) @ params["v"], params=params
     )
@@ -114,7 +111,7 @@ def test_sizes_that_residuals_do_not_tell_are_no_obstacle():
     layer = JaxLayer(call, params=np.float32(0.5))
     layer.build((None, None))
     step, _ = steps(layer, (None, None))
-    x = array(2, 3)
-    _, (gradient,) = step(x)
-    expected = jax.grad(lambda params: (call(params, x) ** 2).sum())(jnp.float32(0.5))
+    inputs = x(2, 3)
+    _, (gradient,) = step(inputs)
+    expected = jax.grad(lambda params: (call(params, inputs) ** 2).sum())(jnp.float32(0.5))
     np.testing.assert_allclose(to_numpy(gradient), expected, rtol=1e-5)

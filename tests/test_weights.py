@@ -8,12 +8,9 @@ import models
 import numpy as np
 import pytest
 from backends import to_numpy
+from models import x
 
 from jaxwrap import FlaxLayer, JaxLayer, Rule
-
-
-def x(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
 def images():
