@@ -52,8 +52,15 @@ def tests(session):
 
 def pytest_passes(session, backend, backends):
     """Runs the tests on one backend; a failure does not end the session, so that the others run too."""
-    # What one backend has written, the others read.
-    env = {**ON_CPU, "KERAS_BACKEND": backend, "JAXWRAP_BACKENDS": ",".join(backends)}
+    env = {
+        **ON_CPU,
+        "KERAS_BACKEND": backend,
+        # What one backend has written, the others read.
+        "JAXWRAP_BACKENDS": ",".join(backends),
+        # The functions of the oracle are the same on every backend, and to compile them takes longest.
+        "JAX_COMPILATION_CACHE_DIR": os.path.join(session.virtualenv.location, "jax-cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     try:
         session.run("pytest", "-n", "auto", "--dist", "loadgroup", *session.posargs, env=env)
     except nox.command.CommandFailed:
