@@ -117,6 +117,19 @@ def key_name(key: Any) -> str:
     return str(key)
 
 
+def check_shapes(
+    expected: Iterable[tuple[str, tuple[int, ...]]], arrays: Iterable[Any], problem: str
+) -> None:
+    """Raises ValueError, with a line for each path, if arrays do not have the shapes that are expected at the paths."""
+    lines = [
+        f"  shape: {path} was {shape}, is {array.shape}"
+        for (path, shape), array in zip(expected, arrays, strict=True)
+        if shape != array.shape
+    ]
+    if lines:
+        raise ValueError("\n".join([problem, *lines]))
+
+
 def describe_difference(expected: Structure, received: Structure) -> str | None:
     """Says in which paths two structures differ.
 

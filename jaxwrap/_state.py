@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwrap._pytree import ARRAY, describe_difference, is_leaf_array, key_name, partition
+from jaxwrap._pytree import (
+    ARRAY,
+    check_shapes,
+    describe_difference,
+    is_leaf_array,
+    key_name,
+    partition,
+)
 from jaxwrap._typing import Array, PyTree, Static
 from jaxwrap._variables import Initial, create_variables, key_impl, unique_names
 
@@ -86,13 +93,8 @@ class State:
         if difference := describe_difference(self.structure, received):
             raise ValueError(f"{problem}\n{difference}")
         encoded = [_encode(arrays[place]) for place in self._order]
-        shapes = [
-            f"  shape: {variable.path} was {tuple(variable.shape)}, is {array.shape}"
-            for variable, array in zip(self.variables, encoded, strict=True)
-            if tuple(variable.shape) != array.shape
-        ]
-        if shapes:
-            raise ValueError("\n".join([problem, *shapes]))
+        expected = [(variable.path, tuple(variable.shape)) for variable in self.variables]
+        check_shapes(expected, encoded, problem)
         pairs = zip(encoded, self.variables, strict=True)
         return [jnp.asarray(array, variable.dtype) for array, variable in pairs]
 

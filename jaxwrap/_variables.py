@@ -20,6 +20,7 @@ from jaxwrap._bridge._base import host_copies
 from jaxwrap._pytree import (
     ARRAY,
     Structure,
+    check_shapes,
     describe_difference,
     is_leaf_array,
     key_name,
@@ -173,15 +174,9 @@ class Leaves:
             for index, value in enumerate(values)
             if value is not before[index]
         }
-        shapes = [
-            f"  shape: {path} was {tuple(variable.shape)}, is {arrays[index].shape}"
-            for index, (path, variable) in enumerate(
-                zip(self.structure.array_paths(), self.variables, strict=True)
-            )
-            if index in arrays and tuple(variable.shape) != arrays[index].shape
-        ]
-        if shapes:
-            raise ValueError("\n".join([problem, *shapes]))
+        paths = self.structure.array_paths()
+        expected = [(paths[index], tuple(self.variables[index].shape)) for index in arrays]
+        check_shapes(expected, arrays.values(), problem)
         return arrays
 
     def read(self) -> PyTree:
