@@ -1,5 +1,6 @@
 """Imports, and the first train step of the transformer, each in a fresh process."""
 
+import itertools
 import time
 
 from benchmarks import process, rows
@@ -9,7 +10,7 @@ from benchmarks.timing import orders
 def _measure(targets, backend, rounds):
     """What each of the targets yields, by name, in rounds."""
     results = {name: [] for name in targets}
-    for order in orders(targets, rounds):
+    for order in itertools.islice(orders(targets), rounds):
         for name in order:
             results[name].append(process.call(targets[name], backend)[0])
     return results

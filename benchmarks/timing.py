@@ -6,7 +6,7 @@ import random
 import time
 
 
-def race(makers, rounds, seconds, check=None):
+def race(makers, rounds, seconds, check=None, lasting=0):
     """Seconds per call of each contestant in each round, or why it does not run.
 
     Args:
@@ -15,6 +15,7 @@ def race(makers, rounds, seconds, check=None):
         rounds: How many rounds.
         seconds: How long a measurement lasts at least; the call is repeated to fill it.
         check: Is called with each name and the result of a first call, and raises if it is wrong.
+        lasting: How many seconds the rounds last at least, together. More rounds tell smaller differences apart.
 
     Returns:
         Two dicts by name: lists of times, and reasons.
@@ -30,16 +31,19 @@ def race(makers, rounds, seconds, check=None):
         except Exception as error:
             failures[name] = reason(error)
     times = {name: [] for name in calls}
-    for order in orders(calls, rounds):
+    begin = time.perf_counter()
+    for index, order in enumerate(orders(calls)):
+        if index >= rounds and time.perf_counter() - begin > lasting:
+            break
         for name in order:
             times[name].append(_time(*calls[name]))
     return times, failures
 
 
-def orders(names, rounds):
+def orders(names):
     """The order of each round, drawn. Nothing comes right after itself: it would find its data in the cache."""
     rng, order = random.Random(0), list(names)
-    for _ in range(rounds):
+    while order:
         last = order[-1]
         rng.shuffle(order)
         while len(order) > 1 and order[0] == last:

@@ -60,8 +60,8 @@ def fit(rounds, seconds):
         own = own_layers(name)
         if own is not None and own[0] == "keras.layers":
             makers[own[0]] = functools.partial(epoch, model, own[1])
-        # Short steps are at the mercy of the threads' scheduling, and differ by less than they vary.
-        done = race(makers, rounds if name == "resnet" else 3 * rounds, seconds)
+        # Keras's own layer differs by less than one measurement does from the next.
+        done = race(makers, rounds, seconds, lasting=900 * seconds)
         what = f"step of `fit`, {model.title}"
         yield from rows.compare("fit", what, done, [LOOP, BUILT_IN], targets)
 
