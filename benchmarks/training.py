@@ -122,7 +122,7 @@ def gradient(rounds, seconds):
             if label != "torch.nn":
                 np.testing.assert_allclose(expected[-1], expected[0], rtol=1e-3)
 
-        done = race(makers, rounds, seconds, check)
+        done = race(makers, rounds, seconds, check, lasting=300 * seconds)
         what = f"forward and backward, {model.title}"
         yield from rows.compare("gradient", what, done, [native, "torch.nn"], limits[name])
 
