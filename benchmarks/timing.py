@@ -40,6 +40,17 @@ def race(makers, rounds, seconds, check=None, lasting=0):
     return times, failures
 
 
+def race_in_both_orders(makers, rounds, seconds, lasting):
+    """As `race`, but all contestants are made twice, the second time in the opposite order.
+
+    What is made later lies elsewhere in memory, and the same layer then takes up to 2% less.
+    """
+    orders = (makers.items(), reversed(makers.items()))
+    halves = [race(dict(order), rounds, seconds, lasting=lasting) for order in orders]
+    times = {name: [time for half, _ in halves for time in half[name]] for name in halves[0][0]}
+    return times, halves[0][1]
+
+
 def orders(names):
     """The order of each round, drawn. Nothing comes right after itself: it would find its data in the cache."""
     rng, order = random.Random(0), list(names)
