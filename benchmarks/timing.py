@@ -47,7 +47,7 @@ def race_in_both_orders(makers, rounds, seconds, lasting):
     """
     orders = (makers.items(), reversed(makers.items()))
     halves = [race(dict(order), rounds, seconds, lasting=lasting) for order in orders]
-    times = {name: [time for half, _ in halves for time in half[name]] for name in halves[0][0]}
+    times = {name: [one for half, _ in halves for one in half[name]] for name in halves[0][0]}
     return times, halves[0][1]
 
 
