@@ -45,8 +45,8 @@ def race_in_both_orders(makers, rounds, seconds, lasting):
 
     What is made later lies elsewhere in memory, and the same layer then takes up to 2% less.
     """
-    orders = (makers.items(), reversed(makers.items()))
-    halves = [race(dict(order), rounds, seconds, lasting=lasting) for order in orders]
+    both = (makers.items(), reversed(makers.items()))
+    halves = [race(dict(order), rounds, seconds, lasting=lasting) for order in both]
     times = {name: [one for half, _ in halves for one in half[name]] for name in halves[0][0]}
     return times, halves[0][1]
 
