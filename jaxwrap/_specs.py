@@ -105,15 +105,10 @@ def placeholder(spec: Spec) -> Array:
 
 def fillings(specs: PyTree) -> Iterator[PyTree]:
     """The nest with one size for all unknown ones, in as many ways as `abstract_call` tries."""
-    leaves = jax.tree_util.tree_leaves(specs)
-    unknown = any(isinstance(leaf, Spec) and None in leaf.shape for leaf in leaves)
+    known, structure = partition(specs, lambda leaf: isinstance(leaf, Spec))
+    unknown = any(None in spec.shape for spec in known)
     for size, _ in _SIZES if unknown else _SIZES[:1]:
-        yield jax.tree_util.tree_map(
-            lambda leaf, size=size: (
-                Spec(leaf.fill(size), leaf.dtype) if isinstance(leaf, Spec) else leaf
-            ),
-            specs,
-        )
+        yield structure.unflatten([Spec(spec.fill(size), spec.dtype) for spec in known])
 
 
 def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> PyTree:
