@@ -11,26 +11,30 @@ import jax.numpy as jnp
 from jaxwrap._bridge._base import conjugate, restrict
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Static
 
-# What takes less time to compute again, within what XLA fuses, than to write and to pass on as one more array.
+# What takes less time to compute again, within what XLA fuses, than to write and to pass on as one more small array.
 _CHEAP_NAMES = """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos div erf exp exp2 expand_dims expm1
     floor integer_pow iota log log1p logistic max min mul neg not or pow reduce_max reduce_min reduce_sum reshape rsqrt
     select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor
 """
 _CHEAP = frozenset(_CHEAP_NAMES.split())
-# Gradients of up to so many bytes come in one array, as it takes longer to pass an array on than to copy it.
+# The bytes of an array that takes longer to be passed on than to be copied. Gradients of that size come in one array.
 _SMALL = 1 << 16
 
 
-def _is_worth_keeping(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in _CHEAP
+def _is_worth_keeping(primitive: Any, *operands: Any, **_: Any) -> bool:
+    return primitive.name not in _CHEAP or any(
+        # A size is no number while TensorFlow's graph has it unknown.
+        isinstance(operand.size, int) and operand.size * operand.dtype.itemsize > _SMALL
+        for operand in operands
+    )
 
 
 class Linearized:
     """A flat function that returns its result, the residuals of its vjp, and, as `Static`, the `Pullback`.
 
-    Residuals that are cheap to compute are computed again (`jax.checkpoint`): a layer of many small operations would
-    otherwise have several for each of its parameters.
+    Small residuals that are cheap to compute are computed again (`jax.checkpoint`): a layer of many small operations
+    would otherwise have several for each of its parameters.
     """
 
     def __init__(self, fn: FlatFunction, wrt: tuple[int, ...], states: Sequence[int]):
