@@ -47,8 +47,9 @@ def race_in_both_orders(makers, rounds, seconds, lasting):
     """
     both = (makers.items(), reversed(makers.items()))
     halves = [race(dict(order), rounds, seconds, lasting=lasting) for order in both]
-    times = {name: [one for half, _ in halves for one in half[name]] for name in halves[0][0]}
-    return times, halves[0][1]
+    failures = {name: why for _, half in halves for name, why in half.items()}
+    runs = [name for name in makers if name not in failures]
+    return {name: [one for half, _ in halves for one in half[name]] for name in runs}, failures
 
 
 def orders(names):

@@ -28,7 +28,7 @@ from jaxwrap._rules import Rule
 from jaxwrap._serialization import check_size, deserialize, serialize, serialize_callable
 from jaxwrap._shortcut import Shortcut, enter
 from jaxwrap._signature import AUTO, check_types
-from jaxwrap._specs import Spec, abstract_call, fillings
+from jaxwrap._specs import Spec, abstract_call, fillings, partition_specs
 from jaxwrap._typing import PyTree
 from jaxwrap._variables import assign_all, current_values
 from jaxwrap._weights import Stored, WeightedLayer
@@ -294,7 +294,7 @@ class JaxLayer(WeightedLayer):
 
     def _check_sizes(self) -> None:
         """Raises ValueError if inputs or weights do not fit into memory: their shapes come from a file."""
-        specs, structure = partition(self._specs, lambda leaf: isinstance(leaf, Spec))
+        specs, structure = partition_specs(self._specs)
         inputs = [jax.ShapeDtypeStruct(spec.fill(1), spec.dtype) for spec in specs]
 
         def arrays_of(inputs: list[Any]) -> list[Any]:
@@ -471,7 +471,7 @@ class JaxLayer(WeightedLayer):
 
     def _abstract_result(self, specs: dict[str, PyTree], training: bool) -> dict[str, PyTree]:
         """What `call_fn` returns, with specs for arrays: `outputs` and `metrics`."""
-        arrays, structure = partition(specs, lambda leaf: isinstance(leaf, Spec))
+        arrays, structure = partition_specs(specs)
         key = (tuple(arrays), structure, training, self._leaves is None)
         if key not in self._abstract:
             weights = [leaves.structs() for leaves in self._leaves or ()]
@@ -499,7 +499,7 @@ class JaxLayer(WeightedLayer):
 
     def _check_nest(self, given: dict[str, PyTree], received: Structure, training: bool) -> None:
         """Tries arguments of another structure than the layer was built for, before anything is drawn or assigned."""
-        _, built = partition(self._specs, lambda leaf: isinstance(leaf, Spec))
+        _, built = partition_specs(self._specs)
         if received != built:
             try:
                 self._abstract_result(self._read_specs(given), training)

@@ -97,6 +97,11 @@ def is_shape(node: Any) -> bool:
     )
 
 
+def partition_specs(nest: PyTree) -> tuple[list[Spec], Structure]:
+    """The specs of a nest, and its structure, with what else is in it."""
+    return partition(nest, lambda leaf: isinstance(leaf, Spec))
+
+
 def placeholder(spec: Spec) -> Array:
     """An input for `init_fn`: ones, or zeros for integers and bools, of size 1 where the size is unknown."""
     make = jnp.ones if jnp.issubdtype(spec.dtype, jnp.inexact) else jnp.zeros
@@ -105,7 +110,7 @@ def placeholder(spec: Spec) -> Array:
 
 def fillings(specs: PyTree) -> Iterator[PyTree]:
     """The nest with one size for all unknown ones, in as many ways as `abstract_call` tries."""
-    known, structure = partition(specs, lambda leaf: isinstance(leaf, Spec))
+    known, structure = partition_specs(specs)
     unknown = any(None in spec.shape for spec in known)
     for size, _ in _SIZES if unknown else _SIZES[:1]:
         yield structure.unflatten([Spec(spec.fill(size), spec.dtype) for spec in known])
@@ -125,7 +130,7 @@ def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> Py
     Returns:
         The pytree that `fn` returns, with a `Spec` for each array.
     """
-    known, structure = partition(specs, lambda leaf: isinstance(leaf, Spec))
+    known, structure = partition_specs(specs)
     if all(None not in spec.shape for spec in known):
         return jax.tree_util.tree_map(
             lambda output: Spec(output.shape, output.dtype.name),
