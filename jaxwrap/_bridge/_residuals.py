@@ -18,16 +18,17 @@ _CHEAP_NAMES = """
     select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor
 """
 _CHEAP = frozenset(_CHEAP_NAMES.split())
-# The bytes of an array that takes longer to be passed on than to be copied. Gradients of that size come in one array.
+# The bytes up to which an array takes longer to be passed on than to be copied.
 _SMALL = 1 << 16
 
 
 def _is_worth_keeping(primitive: Any, *operands: Any, **_: Any) -> bool:
-    return primitive.name not in _CHEAP or any(
-        # A size is no number while TensorFlow's graph has it unknown.
-        isinstance(operand.size, int) and operand.size * operand.dtype.itemsize > _SMALL
-        for operand in operands
-    )
+    return primitive.name not in _CHEAP or any(map(_is_large, operands))
+
+
+def _is_large(array: Any) -> bool:
+    # A size is no number while TensorFlow's graph has it unknown.
+    return isinstance(array.size, int) and array.size * array.dtype.itemsize > _SMALL
 
 
 class Linearized:
@@ -119,7 +120,7 @@ class Pullback:
         gradients = self.gradients(*arrays)
         small: dict[Any, list[int]] = {}
         for index, gradient in enumerate(gradients):
-            if 0 < gradient.size * gradient.dtype.itemsize <= _SMALL:
+            if gradient.size and not _is_large(gradient):
                 small.setdefault(gradient.dtype, []).append(index)
         groups = tuple(tuple(group) for group in small.values() if len(group) > 1)
         packed = {index for group in groups for index in group}
