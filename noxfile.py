@@ -1,71 +1,128 @@
-"""The project's tasks: `nox -l` lists them, `nox -s NAME` runs one in an environment of its own."""
+"""The project's tasks: `nox -l` lists them, `nox -s NAME` runs one."""
 
 import os
+import pathlib
+import sys
+from typing import NamedTuple
 
 import nox
 
 nox.needs_version = ">=2025.2.9"
-# pip, never uv: PyTorch is to come from wherever pip is told to look.
+# pip, never uv: the configuration of pip says where PyTorch comes from.
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["tests", "lint", "types", "docs"]
-# A Python that is not there is named and skipped; but not in CI, where nobody would notice.
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+# A missing Python is skipped by name; but not in CI, where nobody would notice.
 nox.options.error_on_missing_interpreters = bool(os.environ.get("CI"))
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-TORCH = "torch==2.13.0"
-
-# Python: (what is installed beside the package, the backends that the tests run on)
-TESTED = {
-    "3.11": (
-        ("jax==0.10.*", "flax==0.12.*", "tensorflow==2.21.*", TORCH),
-        ("jax", "tensorflow", "torch", "numpy"),
-    ),
-    "3.12": (
-        ("jax==0.12.*", "flax==0.12.*", "tensorflow==2.21.*"),
-        ("jax", "tensorflow"),
-    ),
-}
-
+BACKENDS = ("jax", "tensorflow", "torch", "numpy")
+# What a backend needs besides JAX.
+FRAMEWORKS = {"tensorflow": ("tensorflow==2.21.*",), "torch": ("torch==2.13.0",)}
 # GPUs round differently: on them, backends agree to 1e-5 only with settings of their own.
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+class Python(NamedTuple):
+    """What a version of Python is tested with."""
+
+    jax: str
+    backends: tuple[str, ...]
+    pytest: tuple[str, ...] = ()
+
+
+PYTHONS = {
+    "3.11": Python("0.10.*", BACKENDS),
+    "3.12": Python("0.12.*", ("jax", "tensorflow")),
+    "3.13": Python("0.12.*", ("jax",), ("-m", "quick")),
+}
+
+# Python: the folder with the programs of its environment, which its sessions share.
+programs = {}
 
 
 def requirements_of(*groups):
     return nox.project.dependency_groups(PYPROJECT, *groups)
 
 
-@nox.session(python=list(TESTED))
-def tests(session):
-    """Run the tests, once on each backend; arguments after `--` go to pytest."""
-    requirements, backends = TESTED[session.python]
-    session.install("--quiet", "--editable", ".", *requirements, *requirements_of("test"))
-    passed = {backend: pytest_passes(session, backend, backends) for backend in backends}
-    summary = "\n".join(
-        f"  {name:<12}{'passed' if ok else 'FAILED'}" for name, ok in passed.items()
-    )
-    session.log(f"tests on Python {session.python}:\n{summary}")
-    if not all(passed.values()):
-        failed = ", ".join(name for name, ok in passed.items() if not ok)
-        session.error(f"the tests failed on: {failed}")
+def install(session, python, backends):
+    """Installs jaxwrap, the libraries of these backends, and what the tests need."""
+    frameworks = [name for backend in backends for name in FRAMEWORKS.get(backend, ())]
+    jax = f"jax=={PYTHONS[python].jax}"
+    libraries = [jax, "flax==0.12.*", *frameworks, *requirements_of("test")]
+    session.install("--quiet", "--editable", ".", *libraries)
 
 
-def pytest_passes(session, backend, backends):
-    """Runs the tests on one backend; a failure does not end the session, so that the others run too."""
+def run_pytest(session, folder, backend, backends, *arguments):
+    cache = str(session.cache_dir / "jax")
     env = {
         **ON_CPU,
         "KERAS_BACKEND": backend,
         # What one backend has written, the others read.
         "JAXWRAP_BACKENDS": ",".join(backends),
-        # The functions of the oracle are the same on every backend, and to compile them takes longest.
-        "JAX_COMPILATION_CACHE_DIR": os.path.join(session.virtualenv.location, "jax-cache"),
+        # To compile takes longest, and much of it is the same on every backend.
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    try:
-        session.run("pytest", "-n", "auto", "--dist", "loadgroup", *session.posargs, env=env)
-    except nox.command.CommandFailed:
-        return False
-    return True
+    python = str(pathlib.Path(folder, "python"))
+    session.run(python, "-m", "pytest", "-n", "auto", *arguments, env=env, external=True)
+
+
+@nox.session(python=list(PYTHONS), default=False)
+def env(session):
+    """Make the environment that the tests on one Python share."""
+    install(session, session.python, PYTHONS[session.python].backends)
+    programs[session.python] = session.bin
+
+
+def add_tests(python):
+    """Adds the session `tests-3.11(torch)` and its like; returns their names."""
+    _, backends, arguments = PYTHONS[python]
+    name = f"tests-{python}"
+
+    @nox.session(name=name, venv_backend="none", requires=[f"env-{python}"], default=False)
+    @nox.parametrize("backend", backends, ids=backends)
+    def tests_on(session, backend):
+        """Run the tests on one backend; arguments after `--` go to pytest."""
+        if python not in programs:
+            session.skip(f"there is no Python {python}")
+        run_pytest(session, programs[python], backend, backends, *arguments, *session.posargs)
+
+    return [f"{name}({backend})" for backend in backends]
+
+
+@nox.session(python=False, requires=[name for python in PYTHONS for name in add_tests(python)])
+def tests(session):
+    """Run the tests on every Python and backend."""
+
+
+def run_quick(session, *changes):
+    """Runs the quick tests in an environment with one backend, on the Python that runs nox."""
+    backend, *arguments = session.posargs or ["jax"]
+    if backend not in BACKENDS:
+        session.error(f"expected one of {', '.join(BACKENDS)} after `--`, not {backend!r}")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if python not in PYTHONS:
+        session.error(f"run nox with Python {', '.join(PYTHONS)}, not {python}")
+    install(session, python, [backend])
+    for command in changes:
+        session.run(*command)
+    run_pytest(session, session.bin, backend, [backend], "-m", "quick", *arguments)
+
+
+@nox.session(default=False)
+def quick(session):
+    """Run the quick tests on JAX; `-- torch` for another backend, then pytest's arguments."""
+    run_quick(session)
+
+
+@nox.session(default=False)
+def canary(session):
+    """Run the quick tests with the nightly build of Keras."""
+    pip = ("python", "-m", "pip", "--quiet")
+    # Both own the folder `keras`.
+    remove = (*pip, "uninstall", "--yes", "keras", "keras-nightly")
+    run_quick(session, remove, (*pip, "install", "--pre", "keras-nightly"))
 
 
 @nox.session
@@ -92,19 +149,19 @@ def docs(session):
     session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build/html", env=env)
 
 
-@nox.session(python="3.11")
+@nox.session(python="3.11", default=False)
 def quickstart(session):
     """Run the main job; `-- --backend torch` to train on PyTorch, `-- --library nnx` for an NNX model."""
-    requirements, _ = TESTED[session.python]
-    session.install("--quiet", "--editable", ".", *requirements, *requirements_of("quickstart"))
+    install(session, session.python, BACKENDS)
+    session.install("--quiet", *requirements_of("quickstart"))
     session.run("python", "examples/quickstart.py", *session.posargs, env=ON_CPU)
 
 
 @nox.session(python="3.11", default=False)
 def benchmarks(session):
-    """Measure jaxwrap beside its rivals; `-- --backends jax --only eager` for some of it."""
-    requirements, _ = TESTED[session.python]
-    session.install("--quiet", "--editable", ".", *requirements, *requirements_of("benchmark"))
-    # Without what they ask for: it must not change the torch and the JAX that all are measured with.
+    """Compare jaxwrap with its rivals; `-- --backends jax --only eager` for some of it."""
+    install(session, session.python, BACKENDS)
+    session.install("--quiet", *requirements_of("benchmark"))
+    # Without their dependencies, which would change the torch and the JAX that all are measured with.
     session.install("--quiet", "--no-deps", "torchax", "jax2torch")
     session.run("python", "-m", "benchmarks", *session.posargs, env=ON_CPU)

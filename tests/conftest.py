@@ -14,6 +14,7 @@ if NAME is None:
 from backends import BACKENDS  # noqa: E402  (imports Keras, which fails where the backend is missing)
 
 BACKEND = BACKENDS[NAME]()
+FIRST = os.environ.get("JAXWRAP_BACKENDS", NAME).split(",")[0]
 # nox hides it: on a GPU backends agree less closely.
 GPU = bool(shutil.which("nvidia-smi")) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
@@ -31,16 +32,18 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """A test that has no meaning on this backend is none of its tests."""
+    """Leave out the tests that have no meaning on this backend."""
 
     def applies(item):
         only = item.get_closest_marker("only")
         trains = item.get_closest_marker("trains")
         gpu = item.get_closest_marker("gpu")
+        once = item.get_closest_marker("once")
         return (
             (BACKEND.trains or not trains)
             and (not only or BACKEND.name in only.args)
             and (GPU or not gpu)
+            and (NAME == FIRST or not once)
         )
 
     config.hook.pytest_deselected(items=[item for item in items if not applies(item)])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+import pytest
 
 import jaxwrap
 
@@ -46,6 +47,13 @@ def floats(*shape, dtype="float32"):
 
 def ints(*shape, high=7):
     return lambda rng, batch: rng.integers(0, high, (batch, *shape)).astype("int32")
+
+
+def rows(table, quick):
+    """The names of the rows of a table, for `parametrize`; those in `quick` have the marker."""
+    assert set(quick) <= set(table)
+    mark = pytest.mark.quick
+    return [pytest.param(name, marks=mark) if name in quick else name for name in table]
 
 
 # Pure functions.
@@ -366,3 +374,13 @@ MODELS = {
         ),
     )
 }
+
+# A row for each subject, of those that compile soon.
+QUICK = (
+    "mlp",
+    "int tokens",
+    "batch norm",
+    "bfloat16 params",
+    "linen streams",
+    "linen method",
+)

@@ -1,6 +1,6 @@
-"""Real models, small and randomly initialised, of every library; each beside its native run.
+"""Real models of every library, small and randomly initialised, each with its native run.
 
-Beside `models.py`, whose rows are for what a layer does, these rows are for what libraries do.
+The rows of `models.py` test what a layer does. These rows test what libraries do.
 """
 
 from __future__ import annotations
@@ -366,3 +366,12 @@ ZOO = {
         lambda **kw: JaxLayer(graph_call, graph_init, **kw), graph_native, floats(4, 5, 3)
     ),
 }
+
+# A row for each library, of those that compile soon.
+QUICK = (
+    "haiku lstm",
+    "nnx attention",
+    "equinox mlp",
+    "linen scan and remat",
+    "jraph",
+)
