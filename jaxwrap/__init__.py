@@ -7,10 +7,10 @@ from jaxwrap import _bridge as _bridge
 from jaxwrap import checkpoints as checkpoints
 from jaxwrap._export import export_saved_model
 from jaxwrap._function import wrap_function
-from jaxwrap._layer import JaxLayer
-from jaxwrap._pure import CallResult
-from jaxwrap._rules import Rule
+from jaxwrap._layer import Adapter, CallResult, JaxLayer
 from jaxwrap._serialization import register_serializable
+from jaxwrap._training import JaxLoss, JaxMetric, OptaxOptimizer
+from jaxwrap._weights import Rule
 from jaxwrap.adapters import (
     EquinoxLayer,
     FlaxLayer,
@@ -19,11 +19,9 @@ from jaxwrap.adapters import (
     register_adapter,
     wrap,
 )
-from jaxwrap.losses import JaxLoss
-from jaxwrap.metrics import JaxMetric
-from jaxwrap.optimizers import OptaxOptimizer
 
 __all__ = [
+    "Adapter",
     "CallResult",
     "EquinoxLayer",
     "FlaxLayer",

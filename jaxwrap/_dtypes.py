@@ -38,7 +38,7 @@ def can_hold(dtype: str, other: Any) -> bool:
 
 
 def check_dtype(name: str) -> None:
-    """Raises TypeError for the name of a dtype that JAX does not have."""
+    """Raise TypeError for the name of a dtype that JAX does not have."""
     try:
         dtype = jnp.dtype(name)
         known = jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -42,7 +42,7 @@ def describe(obj: Any, name: str | None = None) -> str:
 
 
 def door(method: _Method) -> _Method:
-    """Decorates a method: errors that our code raises inside it name the object."""
+    """Decorate a method: errors that our code raises inside it name the object."""
 
     @functools.wraps(method)
     def named(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +63,8 @@ def naming(owner: str) -> Iterator[None]:
         raise_named(error, owner)
 
 
-def raise_named(error: Exception, owner: str) -> Any:
-    """Raises an error again, with `owner` in front if our code raised it and no inner door has named it."""
+def raise_named(error: Exception, owner: str) -> NoReturn:
+    """Raise an error again, with `owner` in front if our code raised it and no inner door has named it."""
     if not _is_ours(error) or hasattr(error, _NAMED):
         raise error
     named = type(error)(f"{owner}: {error}")
@@ -84,7 +84,7 @@ def _is_ours(error: Exception) -> bool:
 
 
 def check_types(**arguments: tuple[Any, str]) -> None:
-    """Raises ValueError for the first of a constructor's arguments that is not what it must be.
+    """Raise ValueError for the first of a constructor's arguments that is not what it must be.
 
     Args:
         **arguments: For each name, the value and what it must be.

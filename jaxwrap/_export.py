@@ -15,7 +15,7 @@ from jaxwrap._typing import PyTree
 def export_saved_model(
     model: keras.Model, path: str | os.PathLike[str], input_signature: PyTree = None
 ) -> None:
-    """Writes a Keras model of the JAX backend as a TensorFlow SavedModel, for inference with any batch size.
+    """Write a Keras model of the JAX backend as a TensorFlow SavedModel, for inference with any batch size.
 
     What is written is what `model.export(path, format="tf_saved_model")` writes: the endpoint `serve`, and the
     variables. Keras's own way there ends in jax2tf, and what that writes with JAX 0.12, TensorFlow 2.21 cannot read.

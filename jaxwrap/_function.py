@@ -17,7 +17,7 @@ _ROLES = (Role.INPUT, Role.CONSTANT, Role.STATE)
 
 
 def wrap_function(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a pure JAX function callable on the tensors of the current Keras backend.
+    """Make a pure JAX function callable on the tensors of the current Keras backend.
 
     The function returned takes and returns the same pytrees as `fn`, with the backend's tensors for leaves. It may be
     called eagerly or while the backend traces (`jax.jit`, `tf.function`), and is differentiable, to any order, by the
@@ -68,7 +68,7 @@ class PytreeFunction:
     Args:
         fn: Takes `(differentiable, constant, state)` and returns `(outputs, aux)`, pytrees all. No gradient flows
             through `aux`.
-        name: How errors call the function.
+        name: The name of the function in errors. By default none: the errors of an object name the object.
         platforms: See `Bridge.wrap`.
         bridge: The bridge to use; by default that of the current backend.
     """
@@ -76,12 +76,12 @@ class PytreeFunction:
     def __init__(
         self,
         fn: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
-        name: str,
+        name: str | None = None,
         platforms: tuple[str, ...] | None = None,
         bridge: Bridge | None = None,
     ):
         self._fn = fn
-        self._name = name
+        self._prefix = f"{name}: " if name else ""
         self._platforms = platforms
         self._bridge = bridge or get_bridge()
         self._bridged: dict[tuple[Structure, ...], BridgedFunction] = {}
@@ -90,7 +90,7 @@ class PytreeFunction:
     def __call__(
         self, differentiable: PyTree, constant: PyTree, state: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """Calls the function on pytrees of tensors; returns `(outputs, aux)`."""
+        """Call the function on pytrees of tensors; returns `(outputs, aux)`."""
         return self._opaque_call(differentiable, constant, state)
 
     def _call(self, *trees: PyTree) -> tuple[PyTree, PyTree]:
@@ -98,7 +98,7 @@ class PytreeFunction:
         structures = tuple(structure for _, structure in parts)
         bridged = self._bridged.get(structures)
         if bridged is None:
-            _check_static(structures[0], self._name)
+            _check_static(structures[0], self._prefix)
             roles = tuple(
                 role for (tensors, _), role in zip(parts, _ROLES, strict=True) for _ in tensors
             )
@@ -115,16 +115,16 @@ class PytreeFunction:
                 self._bridge.spec(tensor)
             except (TypeError, ValueError) as error:
                 path = structure.array_paths()[index]
-                raise type(error)(f"{self._name}: argument {path}: {error}") from None
+                raise type(error)(f"{self._prefix}argument {path}: {error}") from None
 
 
-def _check_static(structure: Structure, name: str) -> None:
+def _check_static(structure: Structure, prefix: str) -> None:
     for path, leaf in zip(structure.key_paths(), structure.leaves, strict=True):
         try:
             hash(leaf)
         except TypeError:
             raise TypeError(
-                f"{name}: argument {path_str(path)} is a {type(leaf).__name__}, which is neither a tensor nor "
+                f"{prefix}argument {path_str(path)} is a {type(leaf).__name__}, which is neither a tensor nor "
                 "hashable. Pass an array, or a value that can be hashed."
             ) from None
 

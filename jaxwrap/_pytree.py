@@ -1,4 +1,4 @@
-"""Pytree ⇄ ordered arrays, with what is no array kept aside."""
+"""A pytree ⇄ its arrays in order, and the structure that holds all other leaves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Structure:
         self.treedef = treedef
         self.leaves = tuple(leaves)
         self._arrays_only = all(leaf is ARRAY for leaf in self.leaves)
-        self._key = tuple(_static_key(leaf) for leaf in self.leaves)
+        self._key = tuple(static_key(leaf) for leaf in self.leaves)
         self._hash = hash((treedef, self._key))
 
     def __eq__(self, other: object) -> bool:
@@ -69,7 +69,7 @@ class Structure:
         return self._hash
 
     def unflatten(self, arrays: Iterable[Any]) -> PyTree:
-        """Rebuilds the pytree with the first of `arrays`, in leaf order, where the arrays were."""
+        """Rebuild the pytree with the first of `arrays`, in leaf order, where the arrays were."""
         if self._arrays_only:
             return self.treedef.unflatten(itertools.islice(arrays, len(self.leaves)))
         arrays = iter(arrays)
@@ -82,6 +82,10 @@ class Structure:
         tree = self.treedef.unflatten(range(self.treedef.num_leaves))
         return [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
+    def array_count(self) -> int:
+        """Return the number of arrays."""
+        return sum(leaf is ARRAY for leaf in self.leaves)
+
     def array_paths(self) -> list[str]:
         """The printed path of every array, in leaf order."""
         paths = self.key_paths()
@@ -91,7 +95,7 @@ class Structure:
 
 
 def partition(tree: PyTree, is_array: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
-    """Splits a pytree into its arrays, in leaf order, and the `Structure` that rebuilds it."""
+    """Split a pytree into its arrays, in leaf order, and the `Structure` that rebuilds it."""
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     arrays = [leaf for leaf in leaves if is_array(leaf)]
     if len(arrays) == len(leaves):
@@ -117,21 +121,8 @@ def key_name(key: Any) -> str:
     return str(key)
 
 
-def check_shapes(
-    expected: Iterable[tuple[str, tuple[int, ...]]], arrays: Iterable[Any], problem: str
-) -> None:
-    """Raises ValueError, with a line for each path, if arrays do not have the shapes that are expected at the paths."""
-    lines = [
-        f"  shape: {path} was {shape}, is {array.shape}"
-        for (path, shape), array in zip(expected, arrays, strict=True)
-        if shape != array.shape
-    ]
-    if lines:
-        raise ValueError("\n".join([problem, *lines]))
-
-
 def describe_difference(expected: Structure, received: Structure) -> str | None:
-    """Says in which paths two structures differ.
+    """Say in which paths two structures differ.
 
     Containers of other types with the same paths (a `dict` for a `FrozenDict`, a list for a tuple) do not count.
 
@@ -148,7 +139,7 @@ def describe_difference(expected: Structure, received: Structure) -> str | None:
     lines += [
         f"  changed: {path} was {before[path]!r}, is {after[path]!r}"
         for path in before
-        if path in after and _static_key(before[path]) != _static_key(after[path])
+        if path in after and static_key(before[path]) != static_key(after[path])
     ]
     if not lines and list(before) != list(after):
         lines = [f"  order: {list(before)} became {list(after)}"]
@@ -170,7 +161,8 @@ class _Identity:
         return id(self.leaf)
 
 
-def _static_key(leaf: Any) -> Any:
+def static_key(leaf: Any) -> Any:
+    """Return what equals that of another leaf if both are the same static value, of one type."""
     if leaf is ARRAY:
         return ARRAY
     try:

@@ -1,4 +1,4 @@
-"""What is known of inputs before there are any: shapes, with None for unknown sizes, and dtypes."""
+"""Input shapes and dtypes, without data. An unknown size is None."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxwrap._bridge._base import check_dtype
+from jaxwrap._dtypes import check_dtype
 from jaxwrap._pytree import Structure, partition, path_str
 from jaxwrap._typing import Array, PyTree
 
-# Two sizes to try for unknown dimensions, prime ones first so that they equal no size that is known by accident, then
-# ones that can be divided by what functions like to divide by.
+# Pairs of sizes to try for unknown dimensions: primes first, which equal no known size by accident, then sizes that
+# functions can divide.
 _SIZES = ((83, 89), (96, 192), (64, 128), (1, 2))
 
 
@@ -23,7 +23,7 @@ class Spec:
     """One input: a pytree leaf, whatever its shape.
 
     Attributes:
-        shape: The sizes; None for one that is unknown.
+        shape: The sizes, with None for an unknown one.
         dtype: The name of the dtype.
     """
 
@@ -31,24 +31,24 @@ class Spec:
     dtype: str
 
     def fill(self, size: int) -> tuple[int, ...]:
-        """The shape with `size` for what is unknown."""
+        """Return the shape with `size` for each unknown size."""
         return tuple(size if known is None else known for known in self.shape)
 
 
 def read_spec(
     leaf: Any, path: Any, read: Callable[[Any], tuple[Any, str]], what: str, static: bool
 ) -> Any:
-    """The spec of one leaf of a nest of tensors.
+    """Describe one leaf of a nest of tensors.
 
     Args:
         leaf: The leaf.
         path: Its key path.
-        read: Gives the shape and the dtype's name of a tensor; raises TypeError or ValueError if it has none.
-        what: What errors begin with.
-        static: Whether a leaf that is no tensor may stay what it is.
+        read: Returns the shape and the name of the dtype of a tensor, or raises TypeError or ValueError.
+        what: The name of the nest in errors.
+        static: Whether to keep a leaf that is not a tensor.
 
     Raises:
-        TypeError: For a leaf that is no tensor, or of a dtype that JAX does not have.
+        TypeError: For a leaf that is not a tensor, or of a dtype that JAX does not have.
         ValueError: For a tensor of unknown rank.
     """
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
@@ -65,13 +65,12 @@ def read_spec(
     return Spec(tuple(shape), dtype)
 
 
-def specs_from_shapes(shapes: PyTree, dtypes: PyTree, owner: str) -> PyTree:
-    """The specs of a nest of shapes, as Keras hands them to `build`.
+def specs_from_shapes(shapes: PyTree, dtypes: PyTree) -> PyTree:
+    """Turn a nest of shapes, as Keras passes it to `build`, into specs.
 
     Args:
         shapes: A shape, or a nest of them.
         dtypes: One dtype for all, or a nest of the same form.
-        owner: What errors begin with.
 
     Raises:
         ValueError: If a shape is None.
@@ -81,7 +80,7 @@ def specs_from_shapes(shapes: PyTree, dtypes: PyTree, owner: str) -> PyTree:
     )
     if not leaves or not all(map(is_shape, leaves)):
         raise ValueError(
-            f"{owner}: cannot be built for the input shape {shapes!r}: JAX needs to know how many dimensions each "
+            f"cannot be built for the input shape {shapes!r}: JAX needs to know how many dimensions each "
             "input has. Pass a tuple with None for each unknown size, such as (None, 8)."
         )
     names = [dtypes] * len(leaves) if isinstance(dtypes, str) else treedef.flatten_up_to(dtypes)
@@ -98,18 +97,18 @@ def is_shape(node: Any) -> bool:
 
 
 def partition_specs(nest: PyTree) -> tuple[list[Spec], Structure]:
-    """The specs of a nest, and its structure, with what else is in it."""
+    """Split a nest into its specs and its structure, which holds all other leaves."""
     return partition(nest, lambda leaf: isinstance(leaf, Spec))
 
 
 def placeholder(spec: Spec) -> Array:
-    """An input for `init_fn`: ones, or zeros for integers and bools, of size 1 where the size is unknown."""
+    """Make an input for `init`: ones, or zeros for integers and bools, with size 1 for an unknown size."""
     make = jnp.ones if jnp.issubdtype(spec.dtype, jnp.inexact) else jnp.zeros
     return make(spec.fill(1), jax.dtypes.canonicalize_dtype(spec.dtype))
 
 
 def fillings(specs: PyTree) -> Iterator[PyTree]:
-    """The nest with one size for all unknown ones, in as many ways as `abstract_call` tries."""
+    """Yield the nest with one size for all unknown ones, for each size that `abstract_call` tries."""
     known, structure = partition_specs(specs)
     unknown = any(None in spec.shape for spec in known)
     for size, _ in _SIZES if unknown else _SIZES[:1]:
@@ -117,13 +116,13 @@ def fillings(specs: PyTree) -> Iterator[PyTree]:
 
 
 def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> PyTree:
-    """The specs of what a JAX function returns, computed without data.
+    """Compute the specs of what a JAX function returns, without data.
 
-    A size of the outputs is unknown if it changes with the unknown sizes of the inputs. All of these are tried with
-    the same value, since a function may need them to be equal.
+    A size of the outputs is unknown if it changes with the unknown sizes of the inputs. All of them are set to the same
+    value, since a function may need them to be equal.
 
     Args:
-        fn: A function of a nest of arrays, and of what `more` stands for.
+        fn: A function of a nest of arrays, and of the arrays in `more`.
         specs: The nest with a `Spec` for each array; other leaves reach `fn` as they are.
         *more: Pytrees of `jax.ShapeDtypeStruct`.
 

@@ -381,3 +381,80 @@ def test_what_to_install(make, library, monkeypatch):
         patch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
         with pytest.raises(ImportError, match=r"or newer; 0\.0\.1 is installed"):
             make()
+
+
+# Methods and axes of Equinox modules.
+
+
+class Euler(eqx.Module):
+    """Integrates for one example, over times that all examples share."""
+
+    rate: jax.Array
+
+    def __init__(self, key):
+        self.rate = jax.random.normal(key, (3,))
+
+    def __call__(self, y, ts):
+        def step(y, dt):
+            y = y + dt * jnp.tanh(self.rate * y)
+            return y, y
+
+        return jax.lax.scan(step, y, jnp.diff(ts))[1]
+
+    def rates(self, y):
+        return self.rate * y
+
+
+def test_equinox_leaves_arguments_unbatched():
+    module = Euler(jax.random.key(0))
+    layer = EquinoxLayer(module, batch=True, unbatched=("ts",))
+    ys, ts = x(5, 3), np.linspace(0, 1, 4).astype("float32")
+    expected = jax.vmap(module, (0, None))(ys, ts)
+    np.testing.assert_allclose(
+        to_numpy(layer(ys, ts=keras.ops.convert_to_tensor(ts))), expected, 1e-5
+    )
+    again = EquinoxLayer.from_config(
+        EquinoxLayer(
+            eqx.nn.Linear(3, 2, key=jax.random.key(0)), batch=True, unbatched=()
+        ).get_config()
+    )
+    assert again.adapter.unbatched == ()
+    with pytest.raises(ValueError, match=r"`unbatched` names \['t'\].*It takes y, ts"):
+        EquinoxLayer(module, batch=True, unbatched=("t",))
+    with pytest.raises(ValueError, match="`unbatched` must be a tuple of names"):
+        EquinoxLayer(module, batch=True, unbatched="ts")
+
+
+def test_equinox_methods():
+    module = Euler(jax.random.key(0))
+    ys = x(5, 3)
+    for method in ("rates", module.rates, lambda module, y: module.rates(y)):
+        layer = EquinoxLayer(module, method=method, batch=True)
+        np.testing.assert_allclose(to_numpy(layer(ys)), jax.vmap(module.rates)(ys), 1e-6)
+
+
+@jaxwrap.register_serializable("adapters")
+class Bound(nn.Module):
+    features: int = 2
+
+    @nn.compact
+    def __call__(self, inputs):
+        return self.double(inputs)
+
+    @nn.compact
+    def double(self, inputs):
+        return 2 * nn.Dense(self.features)(inputs)
+
+
+def test_a_bound_method_of_an_equal_module_is_saved():
+    layer = FlaxLayer(Bound(), method=Bound().double)
+    config = layer.get_config()
+    assert config["method"] == "double"
+    again = FlaxLayer.from_config(config)
+    given = x(3, 4)
+    layer(given)
+    again(given)
+    again.set_variables(layer.get_variables())
+    np.testing.assert_array_equal(to_numpy(again(given)), to_numpy(layer(given)))
+    with pytest.raises(TypeError, match="`method`"):
+        FlaxLayer(Bound(), method=Bound(features=3).double).get_config()

@@ -13,6 +13,8 @@ from backends import to_numpy
 import jaxwrap
 from jaxwrap import FlaxLayer, JaxLayer, _bridge
 
+pytestmark = pytest.mark.quick
+
 
 def snapshot(layer):
     return [to_numpy(v.value).tobytes() for v in layer.variables]

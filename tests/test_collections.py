@@ -114,7 +114,7 @@ def test_a_metric_that_comes_late():
         return CallResult(inputs, metrics={} if training else {"late": inputs})
 
     layer = JaxLayer(call, name="late")
-    with pytest.raises(ValueError, match="JaxLayer 'late': `call_fn` reports the metric 'late'"):
+    with pytest.raises(ValueError, match="JaxLayer 'late': the model reports the metric 'late'"):
         layer(x(3))
 
 
@@ -169,7 +169,7 @@ def test_trainable_and_state_collections(backend):
 
 
 def test_a_role_that_is_none():
-    with pytest.raises(ValueError, match="`collections` says 'losses' of 'aux'; expected one of"):
+    with pytest.raises(ValueError, match="`collections` maps 'aux' to 'losses'; expected one of"):
         FlaxLayer(Mixture(), collections={"aux": "losses"})
 
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import jaxwrap
 
+pytestmark = pytest.mark.quick
+
 
 def several(x, w, index, unused):
     """Float, int and bool outputs; one that depends on nothing; an unused input."""

@@ -83,6 +83,7 @@ def watched():
     assert grown < MEGABYTES
 
 
+@pytest.mark.once
 def test_the_canary_sings(tmp_path):
     for attack in (
         lambda: os.system("true"),
@@ -315,6 +316,7 @@ def test_hostile_nodes(name, configs, canary, backend):
                 load(attack, backend)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "method",
     [
@@ -349,6 +351,7 @@ def test_method_names(method):
         FlaxLayer.from_config({**config, "method": method})
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["lists", "tuples", "partials", "keras"])
 @pytest.mark.parametrize("depth", [150, 3000, 200_000])
 def test_deep_configs(kind, depth, tmp_path):
@@ -368,6 +371,7 @@ def test_deep_configs(kind, depth, tmp_path):
         keras.models.load_model(path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "pattern", ["(a+)+b", "(.*a){30}b", ".*.*.*.*.*.*.*.*.*.*.*x", "(a|aa)+$", "(", 3, None, ["a"]]
 )
@@ -446,6 +450,7 @@ def test_mutated_configs(configs, canary, backend):
     assert errors > MUTATIONS / 3
 
 
+@pytest.mark.once
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -373,7 +373,7 @@ def test_state_is_threaded_as_in_a_loop():
         (lambda s: {**s, "c": s["a"]}, "unexpected: c"),
         (lambda s: {**s, "b": None}, "missing: b"),
         (lambda s: {**s, "b": "text"}, "changed: b was <array>, is 'text'"),
-        (lambda s: {**s, "b": jnp.ones(3)}, r"shape: b was \(2,\), is \(3,\)"),
+        (lambda s: {**s, "b": jnp.ones(3)}, r"shape: state/b was \(2,\), is \(3,\)"),
         (lambda s: None, "missing: a"),
     ],
 )

@@ -72,6 +72,7 @@ def test_every_stream_draws_anew_in_training():
     np.testing.assert_array_equal(to_numpy(layer(inputs)), to_numpy(layer(inputs)))
 
 
+@pytest.mark.quick
 def test_dropout_mask_is_that_of_flax():
     layer = FlaxLayer(
         nn.Dropout(0.5),

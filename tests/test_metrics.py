@@ -11,6 +11,8 @@ from backends import to_numpy
 
 import jaxwrap
 
+pytestmark = pytest.mark.quick
+
 register = jaxwrap.register_serializable("tests_metrics")
 RNG = np.random.default_rng(0)
 BATCHES = [
@@ -155,7 +157,7 @@ def test_only_listed_names_are_loaded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "received none of them"),
+        ({}, "received no function"),
         ({"init": init, "update": update}, "received init, update"),
         ({"fn": hits, "init": init}, "received fn, init"),
         ({"fn": 5}, "expected a function, received 5"),

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from backends import to_numpy
-from models import MODELS
+from models import MODELS, QUICK, rows
 
 from jaxwrap import FlaxLayer
 
@@ -121,7 +121,7 @@ class Oracle:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", rows(MODELS, QUICK))
 def test_values_gradients_and_state(name, training, mode, backend):
     model = MODELS[name]
     inputs = model.inputs(np.random.default_rng(1), 3)
@@ -141,7 +141,7 @@ def test_values_gradients_and_state(name, training, mode, backend):
                 assert_close(one, two, f"gradient {index} of step {step}", model.tolerance)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", rows(MODELS, QUICK))
 def test_symbolic_outputs_are_those_of_a_call(name):
     model = MODELS[name]
     inputs = model.inputs(np.random.default_rng(1), 3)

@@ -7,22 +7,23 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import jaxwrap
+
+pytestmark = [pytest.mark.quick, pytest.mark.once]
 
 SOURCE = pathlib.Path(jaxwrap.__file__).parent
 # Left to right only.
 LAYERS = [
     ["__init__"],
-    ["adapters", "checkpoints", "_export", "optimizers", "losses", "metrics"],
+    ["adapters", "testing"],
+    ["checkpoints", "_export", "_training"],
     ["_layer"],
-    ["_weights", "_call", "_shortcut"],
-    ["_storage", "_state", "_predictions"],
-    ["_function", "_variables", "_pure", "_metrics"],
-    ["_arguments"],
-    ["_specs", "_rules"],
-    ["_serialization"],
-    ["_bridge", "_pytree", "_signature", "_rng", "_tables"],
-    ["_typing"],
+    ["_weights", "_function"],
+    ["_serialization", "_specs"],
+    ["_bridge", "_pytree"],
+    ["_typing", "_dtypes", "_errors"],
 ]
 
 

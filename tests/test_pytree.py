@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from jaxwrap import JaxLayer
 from jaxwrap._pytree import ARRAY, describe_difference, is_leaf_array, partition
-from jaxwrap._variables import unique_names
+from jaxwrap._weights._names import unique_names
+
+pytestmark = pytest.mark.quick
 
 Point = collections.namedtuple("Point", ["x", "y"])
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-SCRIPT = pathlib.Path(__file__).with_name("resume_script.py")
+SCRIPT = pathlib.Path(__file__).parent / "helpers" / "resume_script.py"
 
 
 def train(*arguments):

@@ -67,6 +67,7 @@ def test_a_keras_file_gives_the_same_model(name, tmp_path, backend):
     )
 
 
+@pytest.mark.quick
 def test_config_round_trip():
     layer = JaxLayer(
         models.norm_call,
@@ -84,6 +85,7 @@ def test_config_round_trip():
     assert config["seed"] == 4
 
 
+@pytest.mark.quick
 def test_weights_file(tmp_path):
     make, inputs = MODELS["cnn"]
     one, two = make(), make()

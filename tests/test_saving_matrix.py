@@ -1,6 +1,7 @@
 """Every way to save and to copy a model, from every backend to every backend."""
 
 import copy
+import fcntl
 import os
 import pickle
 import subprocess
@@ -24,8 +25,20 @@ WAYS = ["keras", "weights", "sharded", "json", "pickle"]
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """A folder with the files that each backend has written, by a process of its own."""
-    root = tmp_path_factory.mktemp("written")
+    """A folder for each backend, with the files that it has written."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # all workers of a run share it
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "written").exists():
+            write_on_every_backend(root)
+            (root / "written").touch()
+    return {name: root / name for name in BACKENDS}
+
+
+def write_on_every_backend(root):
+    """Each other backend writes in a process of its own."""
     processes = {
         name: subprocess.Popen(
             [sys.executable, matrix_writer.__file__, str(root / name)],
@@ -40,7 +53,6 @@ def folders(tmp_path_factory):
     for name, process in processes.items():
         _, errors = process.communicate()
         assert process.returncode == 0, f"{name}: {errors}"
-    return {name: root / name for name in BACKENDS}
 
 
 def read(folder, way, compiled):
@@ -75,7 +87,6 @@ def assert_as_written(model, arrays):
     )
 
 
-@pytest.mark.xdist_group("written")  # one process writes for all
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("source", BACKENDS)
 def test_what_one_backend_wrote_another_reads(source, way, folders, backend):
@@ -86,7 +97,6 @@ def test_what_one_backend_wrote_another_reads(source, way, folders, backend):
 
 
 @pytest.mark.trains
-@pytest.mark.xdist_group("written")
 @pytest.mark.parametrize("source", [name for name in BACKENDS if name != "numpy"])
 def test_a_training_by_optax_goes_on_on_another_backend(source, folders):
     model = keras.models.load_model(folders[source] / "optax.keras")

@@ -12,6 +12,8 @@ from models import x
 
 from jaxwrap import FlaxLayer, JaxLayer, Rule
 
+pytestmark = pytest.mark.quick
+
 
 def images():
     return x(4, 6, 6, 2)
@@ -97,7 +99,7 @@ def test_later_rules_win_and_all_that_match_apply():
 
 
 def test_a_pattern_must_match_the_whole_path():
-    with pytest.raises(ValueError, match=r"'kernel' matches none of the 8 paths"):
+    with pytest.raises(ValueError, match=r"'kernel' does not match any of the 8 paths"):
         cnn(rules={"kernel": Rule(trainable=False)})
 
 
@@ -119,7 +121,7 @@ def test_a_pattern_that_matches_nothing_lists_near_paths():
     ],
 )
 def test_a_rule_that_can_say_nothing(rule, path):
-    with pytest.raises(ValueError, match=f"the rule for '{path}' says .*{path}"):
+    with pytest.raises(ValueError, match=f"the rule for '{path}' sets .*{path}"):
         JaxLayer(
             lambda params, state, inputs: (inputs, state),
             params={"w": 1.0, "count": 3},
@@ -144,7 +146,7 @@ def test_what_is_no_rule(make):
 
 
 def test_a_pattern_that_is_no_regular_expression():
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         JaxLayer(models.mlp_call, models.mlp_init, rules={"(": Rule(trainable=False)})
 
 
@@ -244,7 +246,7 @@ def test_freeze_and_unfreeze():
     assert model.trainable_variables == []
     with pytest.raises(ValueError, match="Near it"):
         layer.freeze("params/Conv/.*")
-    with pytest.raises(ValueError, match="says trainable=True"):
+    with pytest.raises(ValueError, match="sets trainable=True"):
         layer.unfreeze("batch_stats/.*")
     with pytest.raises(ValueError, match="no weights yet"):
         FlaxLayer(models.Cnn()).freeze(".*")
@@ -344,7 +346,7 @@ def test_set_variables_assigns_all_or_nothing():
     wrong = jax.tree.map(lambda leaf: leaf + 1, variables)
     wrong["params"]["Dense_0"]["kernel"] = np.zeros((2, 3), "float32")
     wrong["params"]["Conv_0"]["bias"] = np.zeros(4, "float16")
-    with pytest.raises(ValueError, match="of which none has been changed") as raised:
+    with pytest.raises(ValueError, match="No weight has been changed") as raised:
         layer.set_variables(wrong)
     assert "shape: params/Dense_0/kernel is (36, 3); received (2, 3)" in str(raised.value)
     assert "dtype: params/Conv_0/bias is float32; received float16" in str(raised.value)

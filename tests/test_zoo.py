@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import pytest
 from backends import to_numpy
-from zoo import ZOO
+from models import rows
+from zoo import QUICK, ZOO
 
 
 def is_float(leaf):
@@ -63,7 +64,7 @@ def train_natively(entry, variables, targets, first):
     return losses, variables
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", rows(ZOO, QUICK))
 def test_inference_is_the_native_one(name):
     entry = ZOO[name]
     layer = entry.make(seed=5)
@@ -80,7 +81,7 @@ def test_inference_is_the_native_one(name):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", rows(ZOO, QUICK))
 def test_three_steps_of_training_are_the_native_ones(name):
     """Values by the losses, gradients by what SGD makes of them, and new state."""
     entry = ZOO[name]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 
-from jaxwrap._bridge._base import Bridge, BridgedFunction, inexact
+from jaxwrap._bridge._base import Bridge, BridgedFunction
 
-__all__ = ["Bridge", "BridgedFunction", "get_bridge", "inexact"]
+__all__ = ["Bridge", "BridgedFunction", "get_bridge"]
 
 _BRIDGES = {
     "jax": ("_jax", "JaxBridge"),
@@ -33,14 +33,12 @@ def _not_installed(error: ModuleNotFoundError) -> ImportError:
 
 try:
     import keras
-except (
-    ModuleNotFoundError
-) as error:  # Keras imports its backend, and does not say where the name came from
+except ModuleNotFoundError as error:  # Keras imports its backend, and its error does not say why
     raise _not_installed(error) from error
 
 
 def get_bridge(backend: str | None = None) -> Bridge:
-    """The bridge of a backend; by default that of the current Keras backend.
+    """Return the bridge of a backend, by default of the current Keras backend.
 
     Raises:
         ValueError: If there is none for that backend.

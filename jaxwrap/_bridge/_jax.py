@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxwrap._bridge._base import Bridge, BridgedFunction, check_dtype, host_copies
+from jaxwrap._bridge._base import Bridge, BridgedFunction
+from jaxwrap._bridge._memory import host_copies
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 
 class JaxBridge(Bridge):
-    """The bridge of a backend that already is JAX."""
+    """The bridge of JAX, which jits eager calls and stays out of traces."""
 
     name = "jax"
-
-    def is_tensor(self, leaf: Any) -> bool:
-        return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
     def is_concrete(self, leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
 
     def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
-        if not isinstance(tensor, jax.Array):
-            check_dtype(str(tensor.dtype))
-        return tuple(tensor.shape), str(tensor.dtype)
-
-    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        return fn
+        if isinstance(tensor, jax.Array):  # a PRNG key has a dtype of its own
+            return tuple(tensor.shape), str(tensor.dtype)
+        return super().spec(tensor)
 
     def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
-        # To copy them all by one call is several times faster; what the user has put on a device need not be there.
+        # One call for all copies is several times faster. Arrays that the user has put on a device go through the host.
         anywhere = list(map(_is_anywhere, arrays))
         with jax.ensure_compile_time_eval():
             copied = iter(
@@ -61,5 +56,5 @@ class JaxBridge(Bridge):
 
 
 def _is_anywhere(array: Array | np.ndarray) -> bool:
-    """Whether an array is one of JAX, of a dtype of its own, that is where it is by no choice of the user."""
+    """Whether an array is one of JAX that the user has not put on a device, with a dtype of its own."""
     return isinstance(array, jax.Array) and not array.committed and not array.weak_type

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxwrap._bridge._base import ALIGNMENT, Bridge, BridgedFunction, Kept, check_dtype, host_copies
+from jaxwrap._bridge._base import Bridge, BridgedFunction
+from jaxwrap._bridge._memory import ALIGNMENT, Kept, host_copies
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
-# Up to this size a copy at each call is not worth a thought.
+# Up to this many bytes a copy at each call costs less than finding the kept one.
 _SMALL = 1 << 16
 
 
@@ -23,18 +24,8 @@ class NumpyBridge(Bridge):
     def __init__(self):
         self._copies = Kept()
 
-    def is_tensor(self, leaf: Any) -> bool:
-        return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-
     def is_concrete(self, leaf: Any) -> bool:
         return isinstance(leaf, np.ndarray)
-
-    def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
-        check_dtype(str(tensor.dtype))
-        return tuple(tensor.shape), str(tensor.dtype)
-
-    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        return fn
 
     def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
         return host_copies(arrays)
@@ -59,10 +50,10 @@ class NumpyBridge(Bridge):
         return call
 
     def _readable(self, array: Tensor) -> Tensor:
-        """The array of a variable, or a copy that JAX need not copy at each call.
+        """Return the array of a variable, or an aligned copy that JAX does not copy again.
 
-        Keras puts a new array into a variable at each assignment, so an array that is the same has the same values. It
-        is made read-only, so that nobody writes to it past the copy.
+        Keras puts a new array into a variable at each assignment, so the same array has the same values. It becomes
+        read-only, so that nobody writes to it past the copy.
         """
         if not isinstance(array, np.ndarray) or array.nbytes <= _SMALL:
             return array

@@ -8,17 +8,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxwrap._bridge._base import conjugate, restrict
+from jaxwrap._bridge._vjp import conjugate, restrict
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Static
 
-# What takes less time to compute again, within what XLA fuses, than to write and to pass on as one more small array.
+# A call on PyTorch or in a TensorFlow graph is two functions, compiled apart:
+#
+#   forward(arguments)                       backward(arguments, residuals, cotangents)
+#     jax.vjp(fn) ─▶ outputs                   pullback = structure + leaves
+#                 └▶ pullback, a pytree        pullback(cotangents) ─▶ gradients
+#                      │ leaves:                        ▲
+#                      ├ an argument as it is ──────────┤ the caller has it: its place is enough
+#                      ├ state, overwritten until then ─┤ copied
+#                      ├ a small, cheap value ──────────┤ not kept: `jax.checkpoint` computes it again
+#                      └ anything else ─────────────────┘ a residual, passed on
+#
+# Each array that is passed on costs microseconds, so small ones that are cheap to compute are not worth it.
+
+# Primitives that take less time to compute again, inside one fusion of XLA, than to write and to pass on.
 _CHEAP_NAMES = """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos div erf exp exp2 expand_dims expm1
     floor integer_pow iota log log1p logistic max min mul neg not or pow reduce_max reduce_min reduce_sum reshape rsqrt
     select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor
 """
 _CHEAP = frozenset(_CHEAP_NAMES.split())
-# The bytes up to which an array takes longer to be passed on than to be copied.
+# Up to this many bytes, to pass an array on takes longer than to copy it.
 _SMALL = 1 << 16
 
 
@@ -32,19 +45,15 @@ def _is_large(array: Any) -> bool:
 
 
 class Linearized:
-    """A flat function that returns its result, the residuals of its vjp, and, as `Static`, the `Pullback`.
-
-    Small residuals that are cheap to compute are computed again (`jax.checkpoint`): a layer of many small operations
-    would otherwise have several for each of its parameters.
-    """
+    """A flat function that returns its result, the residuals of its vjp, and the `Pullback` as `Static`."""
 
     def __init__(self, fn: FlatFunction, wrt: tuple[int, ...], states: Sequence[int]):
-        """Takes the function.
+        """Take the function.
 
         Args:
             fn: The flat function.
-            wrt: The arguments for which gradients are wanted.
-            states: Those that will have been overwritten when they are.
+            wrt: The arguments to differentiate.
+            states: The arguments that are overwritten before the backward call.
         """
         self._fn = fn
         self._wrt = wrt
@@ -56,12 +65,12 @@ class Linearized:
             frugal = jax.checkpoint(restricted, policy=_is_worth_keeping, prevent_cse=False)
             floats, pullback, (others, aux, static) = jax.vjp(frugal, *primals, has_aux=True)
         except (NotImplementedError, TypeError):
-            # JAX does not do that with some effects, nor with complex numbers.
+            # `jax.checkpoint` refuses some effects, and complex numbers.
             floats, pullback, (others, aux, static) = jax.vjp(restricted, *primals, has_aux=True)
         remaining = iter(floats)
         outputs = tuple(next(remaining) if other is None else other for other in others)
         leaves, structure = jax.tree_util.tree_flatten(pullback)
-        # An argument need not be returned to be had again, unless it will have been overwritten.
+        # The caller still has the arguments, so their places are enough.
         arguments = {id(array): index for index, array in enumerate(arrays)}
         places = [arguments.get(id(leaf)) for leaf in leaves]
         keys = {
@@ -81,10 +90,10 @@ class Linearized:
 
 
 class Pullback:
-    """What makes gradients of cotangents, given the arguments and the residuals of the forward call.
+    """Computes gradients from cotangents, and the arguments and residuals of the forward call.
 
     Attributes:
-        arguments: Which of the arguments of the forward call it needs.
+        arguments: The places of the arguments that it needs.
     """
 
     def __init__(self, structure: Any, places: Sequence[int | None], keys: Mapping[int, Any]):
@@ -95,7 +104,7 @@ class Pullback:
         self._jitted = jax.jit(self._pack)
 
     def gradients(self, *arrays: Array) -> list[Array]:
-        """Takes these arguments, the residuals and the cotangents; returns the gradients."""
+        """Take these arguments, the residuals and the cotangents, and return the gradients."""
         remaining = iter(arrays)
         arguments = {index: next(remaining) for index in self.arguments}
         leaves = [next(remaining) if place is None else arguments[place] for place in self._places]
@@ -106,10 +115,10 @@ class Pullback:
         return [conjugate(gradient) for gradient in gradients]
 
     def packed(self, *arrays: Array) -> tuple[dict[tuple[int, ...], Array], dict[int, Array]]:
-        """What `gradients` returns, in fewer arrays, compiled.
+        """Compute `gradients` compiled, in fewer arrays.
 
         Returns:
-            Gradients by their indices: the small ones of a dtype in one vector, one after the other; and the others.
+            Gradients by their indices: the small ones of each dtype in one vector, and the others.
         """
         vectors, others, static = self._jitted(*arrays)
         return dict(zip(static.value[0], vectors, strict=True)), dict(

@@ -1,4 +1,4 @@
-"""JAX functions as StableHLO artifacts of a version that an older reader understands."""
+"""JAX functions as StableHLO artifacts, of a version that an older reader understands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Artifact(NamedTuple):
 
     Attributes:
         module: The portable bytecode.
-        exported: What `jax.export` says of it: kept arguments, platforms, output avals and output tree.
+        exported: The result of `jax.export`: kept arguments, platforms, output avals and output tree.
     """
 
     module: bytes
@@ -42,17 +42,17 @@ def export(
     platforms: tuple[str, ...] | None,
     version: str,
 ) -> Artifact:
-    """Exports a jitted function of arrays.
+    """Export a jitted function of arrays.
 
     Args:
         jitted: A function under `jax.jit`.
-        specs: The shape and dtype of each argument; a dimension that is None may take any size.
-        platforms: The platforms to lower for, in the terms of `jax.export`; None for the present one.
-        version: The StableHLO version to write, "1.13.0" say.
+        specs: The shape and dtype of each argument. A dimension that is None may have any size.
+        platforms: The platforms to lower for, as `jax.export` names them; None for the present one.
+        version: The StableHLO version to write, such as "1.13.0".
 
     Raises:
-        Exception: What the function raised, if all sizes are known.
-        ValueError: If they are not, and no way to tie them to each other helps.
+        Exception: The error of the function, if all sizes are known.
+        ValueError: If they are not, and JAX fails however they are tied to each other.
     """
     error = None
     for arguments in _symbolic(specs):
@@ -79,7 +79,7 @@ def export_for(
     platforms: tuple[str, ...] | None,
     version: str,
 ) -> Artifact:
-    """The same for arguments of whose unknown sizes it is known which are equal: symbols of one scope.
+    """Export a function for arguments whose unknown sizes are symbols of one scope.
 
     Args:
         jitted: A function under `jax.jit`.
@@ -98,9 +98,10 @@ def export_for(
 
 
 def _symbolic(specs: Sequence[tuple[Shape, str]]) -> Iterator[list[jax.ShapeDtypeStruct]]:
-    """The arguments with a symbol for each None, from independent symbols to all the same.
+    """Yield the arguments with a symbol for each None, from independent symbols to one for all.
 
-    A function that adds two arguments needs their unknown sizes to be equal. It is told no more than it needs.
+    A function that adds two arguments needs their unknown sizes to be equal. Most functions need less, and the first
+    way that works keeps the most sizes free.
     """
     unknown = [
         (argument, axis)
@@ -161,7 +162,7 @@ def _custom_calls(operation: Any) -> Iterator[Any]:
 
 
 def _check_targets(calls: list[Any]) -> None:
-    """Raises for calls of functions that only JAX's own runtime has, LAPACK's among them; their names say so."""
+    """Raise NotImplementedError for calls of functions that only JAX's own runtime has, such as LAPACK's."""
     targets = {ir.StringAttr(call.attributes["call_target_name"]).value for call in calls}
     foreign = sorted(target for target in targets if target.endswith("_ffi"))
     if foreign:
@@ -172,7 +173,7 @@ def _check_targets(calls: list[Any]) -> None:
 
 
 def _demands_one(call: Any) -> bool:
-    """Whether a custom call asserts that an unknown size is not zero, which JAX asks for and functions seldom need."""
+    """Whether a custom call asserts that an unknown size is not zero. JAX adds it, and functions seldom need it."""
     if "error_message" not in call.attributes:
         return False
     return "Expected value >= 1" in ir.StringAttr(call.attributes["error_message"]).value

@@ -1,35 +1,34 @@
-"""TensorFlow: dlpack when eager, an exported StableHLO module in a graph; a custom gradient in both."""
+"""TensorFlow: views of memory when eager, an exported StableHLO module in a graph, a custom gradient in both."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.python import xla as tfxla
 from tensorflow.python.eager import context, execute, record
 from tensorflow.python.framework.ops import EagerTensor
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from jaxwrap._bridge._base import (
-    Bridge,
-    BridgedFunction,
-    check_dtype,
-    host_copies,
-    inexact,
-    vjp,
-    vjp_roles,
+from jaxwrap._bridge._base import Bridge, BridgedFunction
+from jaxwrap._bridge._memory import host_copies
+from jaxwrap._bridge._stablehlo import Artifact, Shape, export
+from jaxwrap._bridge._tf_graph import (
+    STABLEHLO_VERSION,
+    Halves,
+    Spec,
+    call_module,
+    canonical,
+    export_halves,
+    spec_of,
 )
-from jaxwrap._bridge._residuals import Linearized
-from jaxwrap._bridge._stablehlo import Artifact, Shape, export, export_for
+from jaxwrap._bridge._vjp import vjp, vjp_roles
+from jaxwrap._dtypes import check_dtype
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
-
-# The newest StableHLO that TensorFlow 2.21 reads is 1.13.7.
-_STABLEHLO_VERSION = "1.13.0"
 
 
 class TensorFlowBridge(Bridge):
@@ -63,7 +62,7 @@ class TensorFlowBridge(Bridge):
         return tf.init_scope()
 
     def dense(self, gradient: Any) -> Tensor:
-        return tf.convert_to_tensor(gradient)  # of slices, which an embedding has
+        return tf.convert_to_tensor(gradient)  # the gradient of an embedding comes in slices
 
     def replicas(self) -> int:
         return tf.distribute.get_strategy().num_replicas_in_sync
@@ -92,7 +91,7 @@ class _Function:
         self._held = [index for index, role in enumerate(roles) if role.held]
         self._jitted = jax.jit(fn)
         self._artifacts: dict[Any, Artifact] = {}
-        self._halves: dict[Any, _Halves | None] = {}
+        self._halves: dict[Any, Halves | None] = {}
         self._vjps: dict[tuple[tuple[int, ...], int], _Function] = {}
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
@@ -136,68 +135,47 @@ class _Function:
     def _run(self, tensors: tuple[Tensor, ...]) -> FlatResult:
         if tf.executing_eagerly():
             return self._run_eagerly(tensors)
-        tensors = tuple(map(_canonical, tensors))
-        specs = tuple(map(_spec, tensors))
+        tensors = tuple(map(canonical, tensors))
+        specs = tuple(map(spec_of, tensors))
         if specs not in self._artifacts:
-            self._artifacts[specs] = export(
-                self._jitted, specs, self._platforms, _STABLEHLO_VERSION
-            )
-        return _call_module(self._artifacts[specs], tensors)
+            self._artifacts[specs] = export(self._jitted, specs, self._platforms, STABLEHLO_VERSION)
+        return call_module(self._artifacts[specs], tensors)
 
     def _record(
         self, wrt: tuple[int, ...], tensors: tuple[Tensor, ...]
     ) -> tuple[FlatResult, Callable[[list[Tensor]], Sequence[Tensor]]]:
-        """The result, and what makes gradients of the cotangents of its float outputs."""
-        # A graph into which no tape looks may be for inference, which residuals would only be a burden to.
+        """Return the result, and a function from the cotangents of its float outputs to the gradients."""
+        # Without a tape the graph may be for inference, where residuals are only a burden.
         if not tf.executing_eagerly() and record.could_possibly_record():
-            canonical = tuple(map(_canonical, tensors))
-            halves = self._halve(wrt, tuple(map(_spec, canonical)))
+            converted = tuple(map(canonical, tensors))
+            halves = self._halve(wrt, tuple(map(spec_of, converted)))
             if halves is not None:
-                return self._call_halves(halves, wrt, canonical)
+                return self._call_halves(halves, wrt, converted)
 
         def pull_back(received: list[Tensor]) -> Sequence[Tensor]:
             return self._vjp(wrt, len(received))(*tensors, *received).outputs
 
         return self._run(tensors), pull_back
 
-    def _halve(self, wrt: tuple[int, ...], specs: tuple[tuple[Shape, str], ...]) -> _Halves | None:
+    def _halve(self, wrt: tuple[int, ...], specs: tuple[Spec, ...]) -> Halves | None:
         key = (wrt, specs)
         if key not in self._halves:
-            linearized = jax.jit(Linearized(self._fn, wrt, ()))
-            forward = export(linearized, specs, self._platforms, _STABLEHLO_VERSION)
-            _, exported = forward
-            result, residuals, static = jax.tree_util.tree_unflatten(
-                exported.out_tree, exported.out_avals
-            )
-            pullback = static.value
-            arguments = [
-                *(exported.in_avals[index] for index in pullback.arguments),
-                *residuals,
-                *(output for output in result.outputs if inexact(output.dtype)),
-            ]
-            try:
-                backward = export_for(
-                    jax.jit(pullback.gradients), arguments, self._platforms, _STABLEHLO_VERSION
-                )
-            except ValueError:  # their sizes do not tell what the unknown ones are
-                self._halves[key] = None
-            else:
-                self._halves[key] = _Halves(forward, backward, pullback.arguments)
+            self._halves[key] = export_halves(self._fn, wrt, specs, self._platforms)
         return self._halves[key]
 
     def _call_halves(
-        self, halves: _Halves, wrt: tuple[int, ...], tensors: tuple[Tensor, ...]
+        self, halves: Halves, wrt: tuple[int, ...], tensors: tuple[Tensor, ...]
     ) -> tuple[FlatResult, Callable[[list[Tensor]], Sequence[Tensor]]]:
-        result, residuals, _ = _call_module(halves.forward, tensors)
+        result, residuals, _ = call_module(halves.forward, tensors)
 
         @tf.custom_gradient
         def pulled(*parts: Tensor) -> tuple[Sequence[Tensor], Any]:
             received = parts[len(wrt) :]
             arguments = [tensors[index] for index in halves.arguments]
-            gradients = _call_module(halves.backward, (*arguments, *residuals, *received))
+            gradients = call_module(halves.backward, (*arguments, *residuals, *received))
 
             def derivative(*cotangents: Tensor) -> Sequence[Tensor]:
-                # Residuals are results, not variables, so here all is computed again.
+                # Residuals are results, not variables: a second derivative has to compute all of it again.
                 arity = len(self._roles)
                 places = (*wrt, *range(arity, arity + len(received)))
                 second = self._vjp(wrt, len(received))._vjp(places, len(cotangents))
@@ -229,42 +207,6 @@ class _Function:
         return self._vjps[key]
 
 
-class _Halves(NamedTuple):
-    """A function that returns residuals too, and its vjp, which takes them; see `Linearized`.
-
-    Attributes:
-        forward: The function.
-        backward: Takes some of its arguments, the residuals, and a cotangent for each float output.
-        arguments: Which arguments.
-    """
-
-    forward: Artifact
-    backward: Artifact
-    arguments: Sequence[int]
-
-
-def _call_module(artifact: Artifact, tensors: Sequence[Tensor]) -> Any:
-    """Puts a call of an exported function into the graph; returns the pytree that it returns."""
-    module, exported = artifact
-    flat: Any = tfxla.call_module(
-        [tensors[index] for index in exported.module_kept_var_idx],
-        version=exported.calling_convention_version,
-        module=module,
-        Tout=[tf.as_dtype(aval.dtype) for aval in exported.out_avals],
-        Sout=[
-            tf.TensorShape([size if isinstance(size, int) else None for size in aval.shape])
-            for aval in exported.out_avals
-        ],
-        platforms=[platform.upper() for platform in exported.platforms],
-        use_shardy_partitioner=True,
-    )
-    return jax.tree_util.tree_unflatten(exported.out_tree, flat)
-
-
-def _spec(tensor: Tensor) -> tuple[Shape, str]:
-    return tuple(tensor.shape), tensor.dtype.name
-
-
 def _as_tensor(value: Any) -> Tensor:
     if isinstance(value, jax.Array):
         return _from_jax(value)
@@ -275,13 +217,8 @@ def _is_inexact(tensor: Tensor) -> bool:
     return tensor.dtype.is_floating or tensor.dtype.is_complex
 
 
-def _canonical(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype JAX gives it: 32 bits for 64 unless `jax_enable_x64` is set."""
-    return tf.cast(tensor, jax.dtypes.canonicalize_dtype(tensor.dtype.as_numpy_dtype).name)
-
-
 def _read(variables: list[Tensor]) -> list[Tensor]:
-    """The values of variables, read by one operation: what it takes to start one is most of what it takes."""
+    """Read variables by one operation, since to start an operation takes longer than the reading."""
     if not variables:
         return []
     dtypes = [variable.dtype for variable in variables]
@@ -295,10 +232,10 @@ def _read(variables: list[Tensor]) -> list[Tensor]:
 
 
 def _to_jax(tensor: Tensor) -> Array:
-    """A tensor as JAX takes it.
+    """Convert a tensor to what JAX takes.
 
-    On the CPU that is a NumPy view: TensorFlow writes to no memory that is in use elsewhere, and aligns it so that JAX
-    does not copy it.
+    On the CPU that is a NumPy view. TensorFlow does not write to memory that is in use elsewhere, and aligns it so
+    that JAX does not copy it.
     """
     if isinstance(tensor, EagerTensor):
         return jax.dlpack.from_dlpack(tensor) if _has_gpu() else tensor._numpy_internal()
@@ -317,7 +254,7 @@ def _is_float8(array: jax.Array) -> bool:
 
 
 def _from_jax(array: jax.Array) -> Tensor:
-    if _is_float8(array):  # which TensorFlow does not pass over dlpack
+    if _is_float8(array):  # TensorFlow does not pass it over dlpack
         return tf.constant(np.asarray(array))
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 

@@ -11,21 +11,14 @@ import numpy as np
 import torch
 from torch._utils import _unflatten_dense_tensors
 
-from jaxwrap._bridge._base import (
-    ALIGNMENT,
-    Bridge,
-    BridgedFunction,
-    Kept,
-    check_dtype,
-    host_copies,
-    own_outputs,
-    vjp,
-    vjp_roles,
-)
+from jaxwrap._bridge._base import Bridge, BridgedFunction
+from jaxwrap._bridge._memory import ALIGNMENT, Kept, host_copies
 from jaxwrap._bridge._residuals import Linearized
+from jaxwrap._bridge._vjp import own_outputs, vjp, vjp_roles
+from jaxwrap._dtypes import check_dtype
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
-# What NumPy has, too.
+# The dtypes that NumPy has as well.
 _NUMPY_DTYPES = {
     getattr(torch, name): name
     for name in (
@@ -76,7 +69,7 @@ class TorchBridge(Bridge):
 
 
 class _Alias(NamedTuple):
-    """The memory of a tensor as a JAX array, and what tells that the tensor still is that memory."""
+    """The memory of a tensor as a JAX array, and the signs by which the tensor still is that memory."""
 
     array: jax.Array
     pointer: int
@@ -87,15 +80,15 @@ class _Alias(NamedTuple):
 class _Aliases:
     """JAX arrays that alias the tensors of variables.
 
-    Torch writes to these in place, so an alias made once serves at every call. JAX believes it immutable: whoever
-    passes one to JAX waits for the result before torch goes on.
+    Torch writes to tensors in place, so one alias serves every call. JAX takes it for immutable: wait for the result
+    of a call before torch goes on.
     """
 
     def __init__(self):
         self._kept = Kept()
 
     def array(self, tensor: Tensor) -> Array:
-        """The tensor as JAX takes it."""
+        """Return the tensor as a JAX array."""
         alias = self._kept.get(tensor)
         if (
             alias is not None
@@ -107,7 +100,7 @@ class _Aliases:
             return alias.array
         pointer = tensor.data_ptr()
         if pointer % ALIGNMENT or not tensor.is_contiguous():
-            return _to_jax(tensor)  # JAX is going to copy it
+            return _to_jax(tensor)  # JAX copies it anyway
         array = _from_dlpack(tensor)
         if array.unsafe_buffer_pointer() == pointer:
             self._kept.put(tensor, _Alias(array, pointer, tensor.shape, tensor.dtype))
@@ -143,15 +136,15 @@ class _Function:
         return FlatResult(outputs, aux, static)
 
     def arrays(self, tensors: Sequence[Tensor]) -> list[Array]:
-        """The arguments as JAX takes them."""
+        """Convert the arguments to what JAX takes."""
         return [convert(t) for convert, t in zip(self._converters, tensors, strict=True)]
 
     def array(self, tensors: Sequence[Tensor], index: int) -> Array:
-        """One of the arguments as JAX takes it."""
+        """Convert one of the arguments."""
         return self._converters[index](tensors[index])
 
     def vjp(self, wrt: tuple[int, ...], cotangents: int) -> _Function:
-        """The vjp with respect to the arguments `wrt`, itself on tensors and differentiable."""
+        """Return the vjp with respect to the arguments `wrt`, itself on tensors and differentiable."""
         key = (wrt, cotangents)
         if key not in self._vjps:
             pullback = vjp(self._fn, wrt, len(self._roles))
@@ -160,14 +153,14 @@ class _Function:
         return self._vjps[key]
 
     def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What `backward` may need of the arguments: themselves, or a copy of what will be overwritten."""
+        """Return the arguments for `backward`, with a copy of those that are overwritten until then."""
         kept = list(tensors)
         for index in self._states:
             kept[index] = tensors[index].clone()
         return kept
 
     def linearize(self, wrt: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[Any, Any, Any]:
-        """The result as JAX arrays, the residuals, and the `Pullback` that takes these."""
+        """Return the result as JAX arrays, the residuals, and their `Pullback`."""
         if wrt not in self._linearized:
             linearized = Linearized(own_outputs(self._fn), wrt, self._states)
             self._linearized[wrt] = jax.jit(linearized)
@@ -197,7 +190,7 @@ class _Record(torch.autograd.Function):
         (outputs, aux, static), ctx.residuals, ctx.pullback = function.linearize(wrt, tensors)
         counted += [len(outputs), static]
         outputs, aux = _to_torch(outputs, aux)
-        # Reading them back in `backward` makes torch raise, as for its own layers, if one was changed in place.
+        # Torch raises when they are read back in `backward` if one was changed in place, as for its own layers.
         ctx.save_for_backward(*function.kept(tensors))
         ctx.set_materialize_grads(False)
         ctx.function, ctx.wrt = function, wrt
@@ -214,7 +207,7 @@ class _Record(torch.autograd.Function):
         return (*outputs, *aux)
 
     @staticmethod
-    @torch.compiler.disable  # inside a compiled training step `loss.backward()` would have it traced
+    @torch.compiler.disable  # a compiled training step would trace it
     def backward(ctx, *cotangents):  # type: ignore[override]
         tensors = ctx.saved_tensors
         received = [
@@ -224,7 +217,7 @@ class _Record(torch.autograd.Function):
             for index, shape, dtype, device in ctx.floats
         ]
         if torch.is_grad_enabled():
-            # backward(create_graph=True): its own derivative will be asked for
+            # backward(create_graph=True): the gradient must be differentiable as well
             pullback = ctx.function.vjp(ctx.wrt, len(received))
             gradients = pullback(*tensors, *received).outputs
         else:
@@ -241,7 +234,7 @@ class _Record(torch.autograd.Function):
 def _gradients(
     tensors: Sequence[Tensor], vectors: dict[tuple[int, ...], Array], others: dict[int, Array]
 ) -> list[Tensor]:
-    """The gradients for tensors, of what a `Pullback` returns."""
+    """Return the gradients for tensors, from the result of a `Pullback`."""
     gradients: list[Any] = [None] * len(tensors)
     flat, alone = _to_torch(vectors.values(), others.values())
     for group, vector in zip(vectors, flat, strict=True):
@@ -260,7 +253,7 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def _to_jax(tensor: Tensor) -> Array:
-    """A tensor as JAX takes it: as an array of NumPy if that is the same to JAX, since that takes less time."""
+    """Convert a tensor to a NumPy view where JAX can read that, since it takes less time than dlpack."""
     if tensor.is_cpu and tensor.dtype in _NUMPY_DTYPES and _jax_is_on_cpu():
         return tensor.detach().resolve_conj().resolve_neg().numpy()
     return _from_dlpack(tensor)
@@ -276,11 +269,7 @@ def _jax_is_on_cpu() -> bool:
 
 
 def _check_devices(tensors: Sequence[Tensor]) -> None:
-    """Makes sure that JAX can read tensors that are not all on the CPU.
-
-    Raises:
-        RuntimeError: If they are on several devices, or on one that JAX does not have.
-    """
+    """Raise RuntimeError for tensors on several devices, or on one that JAX does not have."""
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         raise RuntimeError(
@@ -293,7 +282,7 @@ def _check_devices(tensors: Sequence[Tensor]) -> None:
             'that device (`pip install "jax[cuda12]"`), or keep the model on the CPU: `keras.device("cpu:0")`, and '
             "`tensor.cpu()` for a copy."
         )
-    # An alias that is kept does not wait for what torch still has to write.
+    # A kept alias does not wait for what torch still has to write.
     torch.cuda.current_stream(tensors[0].device).synchronize()
 
 
@@ -306,7 +295,7 @@ def _jax_has_cuda() -> bool:
 
 
 def _to_torch(*groups: Collection[jax.Array]) -> tuple[tuple[Tensor, ...], ...]:
-    # Once these are ready, JAX has read its inputs, which alias tensors that torch may now write to.
+    # Once these are ready, JAX has read its inputs, whose memory torch may now overwrite.
     for group in groups:
         for array in group:
             array.block_until_ready()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import enum
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,53 +12,67 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from jaxwrap._serialization._names import find, find_factory
-from jaxwrap._serialization._nodes import MAX_DEPTH, PLAIN, Weight, from_fields
+from jaxwrap._serialization._factories import find_factory
+from jaxwrap._serialization._fields import Method, from_fields
+from jaxwrap._serialization._names import find
+from jaxwrap._serialization._nodes import MAX_DEPTH, PLAIN, Weight, check_size
 
 
-def deserialize(config: Any, what: str, owner: str) -> Any:
-    """The inverse of `serialize`. Resolves only names that are registered, or that `_names` lists.
+def deserialize(config: Any, what: str) -> Any:
+    """Make the object again from what `serialize` returned. Resolves only registered or allowed names.
 
     Args:
         config: What `serialize` returned.
-        what: What it is to its owner, for errors.
-        owner: What errors begin with.
+        what: The argument that holds it, for errors.
 
     Raises:
-        ValueError: For a config that `serialize` cannot have made, or a name that is not known.
+        ValueError: If `serialize` cannot have made the config, or a name is unknown.
     """
-    return Deserializer(what, owner).deserialize(config, 0)
+    return Deserializer(what).deserialize(config, 0)
+
+
+def deserialize_fields(cls: type, config: Mapping[str, Any]) -> Any:
+    """Make a dataclass again from what `serialize_fields` returned.
+
+    Raises:
+        TypeError: If the class has no such fields.
+        ValueError: See `deserialize`.
+    """
+    return from_fields(cls, {name: deserialize(value, name) for name, value in config.items()})
 
 
 class Deserializer:
-    def __init__(self, what: str, owner: str):
+    """Reads one config. Weights with the same place in it become the same array."""
+
+    def __init__(self, what: str):
         self._what = what
-        self._owner = owner
         self._weights: dict[int, tuple[Weight, Any]] = {}
 
     def deserialize(self, config: Any, depth: int) -> Any:
+        """Read a node, `depth` nodes below the first."""
         if depth > MAX_DEPTH:
-            raise self._problem(f"it is nested deeper than {MAX_DEPTH}")
+            raise self._problem(f"the config is nested deeper than {MAX_DEPTH}")
         if type(config) in PLAIN:
             return config
-        if isinstance(config, (list, tuple)):  # Keras may have made tuples of lists
+        if isinstance(config, (list, tuple)):  # Keras may turn lists into tuples
             return [self.deserialize(item, depth + 1) for item in config]
         if not isinstance(config, dict):
-            raise self._problem(f"a {type(config).__name__} stands in it")
+            raise self._problem(f"expected JSON; received a {type(config).__name__}")
         if "class_name" in config:
             return self._keras(config)
         kind = config.get("kind")
-        make = getattr(self, f"_{kind}", None) if kind in _KINDS else None
-        if make is None:
-            raise self._problem(f"it holds a dict of the kind {kind!r}")
+        read = _KINDS.get(kind) if isinstance(kind, str) else None
+        if read is None:
+            raise self._problem(f"{kind!r} is no kind of node")
         try:
-            return make(config, depth + 1)
+            return read(self, config, depth + 1)
         except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise self._problem(
-                f"what it says of a {kind} makes none: {type(error).__name__}: {error}"
+                f"a node of the kind {kind!r} is malformed: {type(error).__name__}: {error}"
             ) from error
 
     def deserialize_all(self, configs: dict[str, Any], depth: int) -> dict[str, Any]:
+        """Read the values of a dict."""
         return {name: self.deserialize(value, depth) for name, value in configs.items()}
 
     def _tuple(self, config: dict[str, Any], depth: int) -> Any:
@@ -68,12 +81,18 @@ class Deserializer:
     def _weight(self, config: dict[str, Any], depth: int) -> Any:
         fields = {name: config[name] for name in Weight._fields}
         weight = Weight(**{**fields, "shape": _shape(config["shape"])})
-        check_size(weight.size, self._owner)
+        check_size(weight.size)
         known, array = self._weights.get(weight.place) or (weight, weight.zeros())
         if known != weight:
-            raise TypeError(f"place {weight.place} is taken by {known}")
+            raise TypeError(f"place {weight.place} holds {known} already")
         self._weights[weight.place] = known, array
         return array
+
+    def _method(self, config: dict[str, Any], depth: int) -> Any:
+        field, name, bound = config["field"], config["name"], config["bound"]
+        if (type(field), type(name), type(bound)) != (str, str, bool):
+            raise TypeError(f"expected two names and a bool; received {config!r}")
+        return Method(field, name, bound)
 
     def _name(self, config: dict[str, Any], depth: int) -> Any:
         return self._find(config["name"])
@@ -117,25 +136,27 @@ class Deserializer:
     def _class(self, config: dict[str, Any], base: type) -> Any:
         cls = self._find(config["class"])
         if not (isinstance(cls, type) and issubclass(cls, base)):
-            raise self._problem(f"{config['class']!r} is no class of the right kind: {cls!r}")
+            raise self._problem(f"{config['class']!r} is not a class of the right kind: {cls!r}")
         return cls
 
     def _keras(self, config: dict[str, Any]) -> Any:
-        """Functions and objects as Keras saves them; but found by their registered names only."""
+        """Read Keras's own form, but find its classes and functions by their registered names only."""
         name, inner = config.get("class_name"), config.get("config")
         if name == "__lambda__":
-            return keras.saving.deserialize_keras_object(config)  # which asks for `safe_mode=False`
+            return keras.saving.deserialize_keras_object(
+                config
+            )  # refuses, unless `safe_mode=False`
         own = inner if name == "function" else f"{config.get('module')}.{name}"
         names = [n for n in (config.get("registered_name"), own) if n not in ("function", None)]
         found = self._find_any(names)
         if name == "function":
             if not callable(found):
-                raise self._problem(f"{own!r} is no function: {found!r}")
+                raise self._problem(f"{own!r} is not a function: {found!r}")
             return found
         if not (isinstance(found, type) and hasattr(found, "from_config")):
-            raise self._problem(f"{own!r} is no class with `from_config`: {found!r}")
+            raise self._problem(f"{own!r} is not a class with `from_config`: {found!r}")
         if not isinstance(inner, dict):
-            raise self._problem(f"the config of a {name!r} is no dict: {inner!r}")
+            raise self._problem(f"the config of a {name!r} must be a dict; received {inner!r}")
         return found.from_config(inner)
 
     def _find_any(self, names: list[Any]) -> Any:
@@ -153,27 +174,25 @@ class Deserializer:
             raise self._problem(str(error)) from None
 
     def _problem(self, problem: str) -> ValueError:
-        return ValueError(
-            f"{self._owner} cannot be made from this config: in `{self._what}`, {problem}"
-        )
+        return ValueError(f"cannot be made from this config: in `{self._what}`, {problem}")
 
 
-_KINDS = tuple(
-    name.removeprefix("_")
-    for name in (
-        *("_tuple", "_weight", "_name", "_dict", "_enum", "_dtype"),
-        *("_array", "_partial", "_call", "_object"),
+_KINDS = {
+    read.__name__.removeprefix("_"): read
+    for read in (
+        Deserializer._tuple,
+        Deserializer._weight,
+        Deserializer._method,
+        Deserializer._name,
+        Deserializer._dict,
+        Deserializer._enum,
+        Deserializer._dtype,
+        Deserializer._array,
+        Deserializer._partial,
+        Deserializer._call,
+        Deserializer._object,
     )
-)
-
-
-def check_size(size: int, owner: str) -> None:
-    """Raises ValueError if that many bytes do not fit into memory: better than to fill it and be killed."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise ValueError(
-            f"{owner}: this config asks for arrays of {size:,} bytes; the machine has {memory:,} bytes of memory."
-        )
+}
 
 
 def _list(value: Any) -> list[Any]:
@@ -193,5 +212,5 @@ def _dtype(name: Any) -> np.dtype:
         raise TypeError(f"expected the name of a dtype; received {name!r}")
     dtype = jnp.dtype(name)
     if dtype.hasobject:
-        raise TypeError(f"{name!r} is no dtype of numbers")
+        raise TypeError(f"{name!r} is not a dtype of numbers")
     return dtype

@@ -3,68 +3,88 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import enum
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import keras
 import numpy as np
 
-from jaxwrap._serialization._names import factory_name, find_factory, name_of
-from jaxwrap._serialization._nodes import MAX_DEPTH, PLAIN, Weight, fields_of
+from jaxwrap._serialization._factories import arguments_of_maker, factory_name, find_factory
+from jaxwrap._serialization._fields import Method, fields_of
+from jaxwrap._serialization._names import name_of
+from jaxwrap._serialization._nodes import MAX_DEPTH, PLAIN, Weight
 from jaxwrap._serialization._reading import Deserializer
 
 _REGISTER = 'Register it: `jaxwrap.register_serializable("my_package")({})`'
 
 
-def serialize(obj: Any, what: str, owner: str) -> Any:
-    """Makes a config of data, modules and functions.
+def serialize(obj: Any, what: str) -> Any:
+    """Make a config from data, modules and functions.
 
     Args:
-        obj: Plain data; tuples, lists, dicts and enums of such; dtypes and small arrays; dataclasses, among them Linen
-            and Equinox modules, and namedtuples, by their fields; functions, classes and other objects that have a
-            name; `functools.partial`; initializers; objects with `get_config`; and `Weight`.
-        what: What it is to its owner, for errors: "module", say.
-        owner: What errors begin with.
+        obj: Plain data; tuples, lists, dicts and enums; dtypes and small arrays; registered dataclasses, Linen and
+            Equinox modules and namedtuples, by their fields; functions, classes and other objects with a name;
+            `functools.partial`; initializers; objects with `get_config`; and `Weight`.
+        what: The argument that holds it, for errors. For example "module".
 
     Raises:
-        TypeError: For anything else. The error says where it is, and what to do.
+        TypeError: For anything else. The error names the place and the fix.
     """
-    return _Serializer(owner).serialize(obj, _Where(what))
+    return _serialize(obj, _Where(what))
 
 
-def serialize_callable(obj: Any, what: str, owner: str) -> Any:
-    """Makes a config of a layer's function or module, in Keras's own form if it has no registered name.
+def serialize_callable(obj: Any, what: str) -> Any:
+    """Make a config from a layer's function or module. Without a registered name, it is in Keras's own form.
 
-    Such a file can be loaded as one of Keras's own layers can: with `custom_objects`, or a lambda with
-    `safe_mode=False`.
+    Such a file loads as a file of Keras's own layers does: with `custom_objects`, or a lambda with `safe_mode=False`.
 
     Warns:
-        UserWarning: For a function that can be loaded with `custom_objects` only.
+        UserWarning: For a function that loads only with `custom_objects`.
 
     Raises:
-        TypeError: As `serialize`.
+        TypeError: See `serialize`.
     """
     if inspect.isfunction(obj) and name_of(obj) is None and factory_name(obj) is None:
         name = obj.__name__
         if name != "<lambda>" and keras.saving.get_registered_object(name) is not obj:
             warnings.warn(
-                f"{owner}: `{what}` is the function `{name}`, which has not been registered, so the file can be loaded "
-                f"with `custom_objects={{{name!r}: {name}}}` only. {_REGISTER.format(name)}.",
+                f"`{what}` is the function `{name}`, which has not been registered, so the file loads only with "
+                f"`custom_objects={{{name!r}: {name}}}`. {_REGISTER.format(name)}.",
                 stacklevel=2,
             )
     elif isinstance(obj, type) or not callable(getattr(obj, "get_config", None)):
-        return serialize(obj, what, owner)
-    return keras.saving.serialize_keras_object(obj)
+        return serialize(obj, what)
+    return _keras_form(obj)
+
+
+def serialize_fields(obj: Any, callables: Collection[str] = ()) -> dict[str, Any]:
+    """Make a config from the fields of a dataclass, as its `get_config` may return it.
+
+    Args:
+        obj: The dataclass.
+        callables: The fields that `serialize_callable` writes, with its concessions. `serialize` writes the others.
+
+    Raises:
+        TypeError: See `serialize`.
+    """
+    config = {}
+    for name, (value, default) in (fields_of(obj) or {}).items():
+        try:
+            config[name] = (serialize_callable if name in callables else serialize)(value, name)
+        except TypeError:
+            # The class makes its own default again.
+            if value is not default:
+                raise
+    return config
 
 
 class _Where(NamedTuple):
-    """Where something stands, for errors: the path from what is saved, and the class it is a field of."""
+    """The place of a value, for errors: the path from the argument, and the class whose field it is."""
 
     path: str
     field_of: str = ""
@@ -79,157 +99,141 @@ class _Where(NamedTuple):
         return f"`{self.path}`" + (f", a field of {self.field_of}," if self.field_of else "")
 
 
-class _Serializer:
-    def __init__(self, owner: str):
-        self._owner = owner
+def _serialize(obj: Any, where: _Where, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise _problem(obj, where, f"is nested deeper than {MAX_DEPTH}")
+    if type(obj) in PLAIN:
+        return obj
+    if type(obj) is list:
+        return [
+            _serialize(item, where.item(f"[{index}]"), depth + 1) for index, item in enumerate(obj)
+        ]
+    if type(obj) is tuple:
+        return {"kind": "tuple", "items": _serialize(list(obj), where, depth)}
+    if isinstance(obj, Weight):
+        return {"kind": "weight", **obj._asdict(), "shape": list(obj.shape)}
+    if isinstance(obj, Method):
+        return {"kind": "method", **obj._asdict()}
+    if (name := name_of(obj)) is not None:
+        return {"kind": "name", "name": name}
+    for write in (_data, _array, _function, _object):
+        if (config := write(obj, where, depth + 1)) is not None:
+            return config
+    raise _problem(obj, where, "is no data", _REGISTER.format("it"))
 
-    def serialize(self, obj: Any, where: _Where, depth: int = 0) -> Any:
-        if depth > MAX_DEPTH:
-            raise self._problem(obj, where, f"is nested deeper than {MAX_DEPTH}")
-        if type(obj) in PLAIN:
-            return obj
-        if type(obj) is list:
-            return [
-                self.serialize(item, where.item(f"[{index}]"), depth + 1)
-                for index, item in enumerate(obj)
-            ]
-        if type(obj) is tuple:
-            items = self.serialize(list(obj), where, depth)
-            return {"kind": "tuple", "items": items}
-        if isinstance(obj, Weight):
-            return {"kind": "weight", **obj._asdict(), "shape": list(obj.shape)}
-        if (name := name_of(obj)) is not None:
-            return {"kind": "name", "name": name}
-        for make in (self._data, self._function, self._object):
-            if (config := make(obj, where, depth + 1)) is not None:
-                return config
-        raise self._problem(obj, where, "is no data", _REGISTER.format("it"))
 
-    def _data(self, obj: Any, where: _Where, depth: int) -> Any:
-        if isinstance(obj, Mapping):
-            kind = {} if type(obj) is dict else {"class": self._class_name(obj, where)}
-            items = [
-                [
-                    self.serialize(key, where, depth),
-                    self.serialize(value, where.item(f"[{key!r}]"), depth),
-                ]
-                for key, value in obj.items()
-            ]
-            return {"kind": "dict", "items": items, **kind}
-        if isinstance(obj, enum.Enum):
-            return {"kind": "enum", "class": self._class_name(obj, where), "member": obj.name}
-        if isinstance(obj, np.dtype):
-            return {"kind": "dtype", "name": obj.name}
-        if isinstance(obj, (np.ndarray, np.generic, jax.Array)):
-            if jax.dtypes.issubdtype(obj.dtype, jax.dtypes.prng_key):
-                raise self._problem(obj, where, "is a PRNG key outside of the weights")
-            if obj.dtype.kind not in "biufcV":
-                raise self._problem(obj, where, f"is an array of dtype {obj.dtype}")
-            array = np.asarray(obj)
-            return {
-                "kind": "array",
-                "library": "jax" if isinstance(obj, jax.Array) else "numpy",
-                "dtype": array.dtype.name,
-                "shape": list(array.shape),
-                "data": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
-            }
+def _data(obj: Any, where: _Where, depth: int) -> Any:
+    if isinstance(obj, Mapping):
+        kind = {} if type(obj) is dict else {"class": _class_name(obj, where)}
+        items = [
+            [_serialize(key, where, depth), _serialize(value, where.item(f"[{key!r}]"), depth)]
+            for key, value in obj.items()
+        ]
+        return {"kind": "dict", "items": items, **kind}
+    if isinstance(obj, enum.Enum):
+        return {"kind": "enum", "class": _class_name(obj, where), "member": obj.name}
+    if isinstance(obj, np.dtype):
+        return {"kind": "dtype", "name": obj.name}
+    return None
+
+
+def _array(obj: Any, where: _Where, depth: int) -> Any:
+    if not isinstance(obj, (np.ndarray, np.generic, jax.Array)):
         return None
+    if jax.dtypes.issubdtype(obj.dtype, jax.dtypes.prng_key):
+        raise _problem(obj, where, "is a PRNG key outside of the weights")
+    if obj.dtype.kind not in "biufcV":
+        raise _problem(obj, where, f"is an array of dtype {obj.dtype}")
+    array = np.asarray(obj)
+    return {
+        "kind": "array",
+        "library": "jax" if isinstance(obj, jax.Array) else "numpy",
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "data": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
+    }
 
-    def _function(self, obj: Any, where: _Where, depth: int) -> Any:
-        if isinstance(obj, functools.partial):
-            parts = {"fn": obj.func, "args": list(obj.args), "kwargs": dict(obj.keywords)}
-            return {
-                "kind": "partial",
-                **{
-                    name: self.serialize(part, where.item(f".{name}"), depth)
-                    for name, part in parts.items()
-                },
-            }
-        if isinstance(obj, type):
-            raise self._problem(
-                obj,
-                where,
-                "is a class that has not been registered",
-                _REGISTER.format(obj.__name__),
-            )
-        if not inspect.isfunction(obj):
-            return None
-        if (name := factory_name(obj)) is not None:
-            factory = find_factory(name)
-            given = self._arguments(obj, factory, where, depth)
-            made = factory(**Deserializer(where.path, self._owner).deserialize_all(given, depth))
-            if self._arguments(made, factory, where, depth) != given:
-                raise self._problem(obj, where, f"is not what `{name}` makes")
-            return {"kind": "call", "name": name, "arguments": given}
-        if obj.__name__ == "<lambda>":
-            raise self._problem(
-                obj, where, "is a lambda", "Write a function with a name, and register it: "
-                '`@jaxwrap.register_serializable("my_package")`'
-            )  # fmt: skip
-        raise self._problem(
-            obj, where, "is a function that has not been registered", _REGISTER.format(obj.__name__)
-        )
 
-    def _arguments(
-        self, fn: Any, factory: Callable[..., Any], where: _Where, depth: int
-    ) -> dict[str, Any]:
+def _function(obj: Any, where: _Where, depth: int) -> Any:
+    if isinstance(obj, functools.partial):
+        parts = {"fn": obj.func, "args": list(obj.args), "kwargs": dict(obj.keywords)}
+        written = {
+            name: _serialize(part, where.item(f".{name}"), depth) for name, part in parts.items()
+        }
+        return {"kind": "partial", **written}
+    if isinstance(obj, type):
+        problem = "is a class that has not been registered"
+        raise _problem(obj, where, problem, _REGISTER.format(obj.__name__))
+    if inspect.ismethod(obj):
+        advice = "Pass a registered function that takes the object as its first argument"
+        raise _problem(obj, where, "is a method that a file cannot name", advice)
+    if not inspect.isfunction(obj):
+        return None
+    if (name := factory_name(obj)) is not None:
+        return _call(obj, name, where, depth)
+    if obj.__name__ == "<lambda>":
+        advice = 'Write a function with a name, and register it: `@jaxwrap.register_serializable("my_package")`'
+        raise _problem(obj, where, "is a lambda", advice)
+    problem = "is a function that has not been registered"
+    raise _problem(obj, where, problem, _REGISTER.format(obj.__name__))
+
+
+def _call(obj: Any, name: str, where: _Where, depth: int) -> Any:
+    """Write the call of the factory that made a function, if the same call makes the same function again."""
+    factory = find_factory(name)
+
+    def arguments(fn: Callable[..., Any]) -> dict[str, Any]:
         return {
-            name: self.serialize(value, where.item(f"({name}=)"), depth)
-            for name, value in _arguments_of_maker(fn, factory).items()
+            argument: _serialize(value, where.item(f"({argument}=)"), depth)
+            for argument, value in arguments_of_maker(fn, factory).items()
         }
 
-    def _object(self, obj: Any, where: _Where, depth: int) -> Any:
-        cls = type(obj)
-        if callable(getattr(obj, "get_config", None)):
-            if name_of(cls) is None:
-                raise self._unregistered(obj, where)
-            return keras.saving.serialize_keras_object(obj)
-        fields = fields_of(obj)
-        if fields is None:
-            return None
-        config = {}
-        for name, (value, default) in fields.items():
-            try:
-                config[name] = self.serialize(value, where.field(name, cls), depth)
-            except TypeError:
-                # The class itself says what cannot be saved.
-                if value is not default:
-                    raise
-        return {"kind": "object", "class": self._class_name(obj, where), "fields": config}
+    first = arguments(obj)
+    again = factory(**Deserializer(where.path).deserialize_all(first, depth))
+    if arguments(again) != first:
+        raise _problem(obj, where, f"is not what `{name}` makes")
+    return {"kind": "call", "name": name, "arguments": first}
 
-    def _class_name(self, obj: Any, where: _Where) -> str:
-        name = name_of(type(obj))
-        if name is None:
-            raise self._unregistered(obj, where)
+
+def _object(obj: Any, where: _Where, depth: int) -> Any:
+    cls = type(obj)
+    if callable(getattr(obj, "get_config", None)):
+        _class_name(obj, where)
+        return _keras_form(obj)
+    fields = fields_of(obj)
+    if fields is None:
+        return None
+    config = {}
+    for name, (value, default) in fields.items():
+        try:
+            config[name] = _serialize(value, where.field(name, cls), depth)
+        except TypeError:
+            # The class makes its own default again.
+            if value is not default:
+                raise
+    return {"kind": "object", "class": _class_name(obj, where), "fields": config}
+
+
+def _keras_form(obj: Any) -> dict[str, Any]:
+    """Write a function or an object as Keras does, with the name under which we find its class."""
+    config = keras.saving.serialize_keras_object(obj)
+    name = None if inspect.isfunction(obj) else name_of(type(obj))
+    return config if name is None else {**config, "registered_name": name}
+
+
+def _class_name(obj: Any, where: _Where) -> str:
+    if (name := name_of(type(obj))) is not None:
         return name
-
-    def _unregistered(self, obj: Any, where: _Where) -> TypeError:
-        name = type(obj).__name__
-        return self._problem(
-            obj,
-            where,
-            f"is an object of the class {name}, which has not been registered",
-            f'Register it: `@jaxwrap.register_serializable("my_package")` above `class {name}`',
-        )
-
-    def _problem(self, obj: Any, where: _Where, what: str, advice: str = "") -> TypeError:
-        shown = repr(obj)
-        shown = shown if len(shown) < 200 else f"{shown[:200]}…"
-        return TypeError(
-            f"{self._owner} cannot be saved: {where} {what}: {shown}. {advice}".strip()
-        )
+    cls = type(obj).__name__
+    raise _problem(
+        obj,
+        where,
+        f"is an object of the class {cls}, which has not been registered",
+        f'Register it: `@jaxwrap.register_serializable("my_package")` above `class {cls}`',
+    )
 
 
-def _arguments_of_maker(fn: Callable[..., Any], factory: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments with which a factory has made a function: what it closes over, and its defaults."""
-    cells = {}
-    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # a variable that the factory has not set
-            cells[name] = cell.cell_contents
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(fn, follow_wrapped=False).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    known = {**defaults, **cells}
-    return {name: known[name] for name in inspect.signature(factory).parameters if name in known}
+def _problem(obj: Any, where: _Where, what: str, advice: str = "") -> TypeError:
+    shown = repr(obj)
+    shown = shown if len(shown) < 200 else f"{shown[:200]}…"
+    return TypeError(f"cannot be saved: {where} {what}: {shown}. {advice}".strip())

@@ -2,31 +2,208 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 
+from jaxwrap._errors import check_types, describe, door, naming
+from jaxwrap._layer import Adapter, CallResult, JaxLayer
+from jaxwrap._layer._seeds import init_seed, to_key
+from jaxwrap._layer._signature import AUTO
 from jaxwrap._pytree import is_array
-from jaxwrap._rng import init_seed, to_key
-from jaxwrap._serialization import Weight, serialize
-from jaxwrap._signature import AUTO, check_types
+from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
-from jaxwrap.adapters._module import ModuleLayer, require
+from jaxwrap.adapters._arguments import ModuleArguments
+from jaxwrap.adapters._equinox_leaves import ModuleLeaves
+from jaxwrap.adapters._libraries import require
+from jaxwrap.adapters._methods import (
+    Method,
+    bind_method,
+    check_method,
+    method_for_config,
+    method_parameters,
+)
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
-class EquinoxLayer(ModuleLayer):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equinox(Adapter):
+    """The adapter of Equinox modules. `EquinoxLayer` documents the fields."""
+
+    module: Any
+    state: PyTree = None
+    filter_spec: Any = None
+    method: Method = None
+    batch: bool = False
+    unbatched: Sequence[str] = ()
+    training_argument: str | None = AUTO
+    factory: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        require("equinox", "0.11")
+        check_types(batch=(self.batch, "a bool"), unbatched=(self.unbatched, "a tuple of names"))
+        if self.method is None and not callable(self.module):
+            raise TypeError(
+                f"expected an Equinox module that can be called; received {self.module!r}."
+            )
+        object.__setattr__(self, "unbatched", tuple(self.unbatched))
+        names = self.signature().parameters
+        if unknown := [name for name in self.unbatched if name not in names]:
+            raise ValueError(
+                f"`unbatched` names {unknown}, which the module does not take. It takes {', '.join(names)}."
+            )
+
+    @functools.cached_property
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        return method_parameters(self.module, self.method)
+
+    @functools.cached_property
+    def _own(self) -> list[str]:
+        """The names of arguments that the layer passes."""
+        own = [name for name in ("key", "state") if name in self._parameters]
+        return [name for name in own if name == "key" or self.state is not None]
+
+    @functools.cached_property
+    def _arguments(self) -> ModuleArguments:
+        argument = self.training_argument
+        if argument == AUTO and "inference" in self._parameters:
+            argument = "!inference"  # some modules have an old name for it as well
+        return ModuleArguments(self._parameters, argument, self._own)
+
+    @functools.cached_property
+    def _leaves(self) -> ModuleLeaves:
+        return ModuleLeaves(self.module)
+
+    @property
+    def draws(self) -> str:  # type: ignore[override]
+        """Always, for a module that takes a key."""
+        return "always" if "key" in self._own else "never"
+
+    def signature(self) -> inspect.Signature:
+        """The arguments of the module, without the train flag, the key and the state."""
+        return self._arguments.signature
+
+    def initial(self) -> tuple[PyTree, PyTree]:
+        """The arrays of the module; those that are not trained, and the module's state, are state."""
+        import equinox as eqx
+
+        spec = eqx.is_inexact_array if self.filter_spec is None else self.filter_spec
+        params, rest = self._leaves.divide(eqx.filter(self.module, spec))
+        return params, {"module": rest, "state": self.state}
+
+    def init(self, keys: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+        """Return the values of the module, which has them already."""
+        return self.initial()
+
+    def call(
+        self,
+        params: PyTree,
+        state: PyTree,
+        keys: PyTree,
+        inputs: Mapping[str, PyTree],
+        training: bool,
+    ) -> CallResult:
+        """Call the module with these arrays, mapped over the batch if it takes one example."""
+        import equinox as eqx
+
+        module = self._leaves.join(params, state["module"])
+        if self.training_argument is not None:
+            module = eqx.nn.inference_mode(module, value=not training)
+        fn = bind_method(module, self.method)
+        is_stateful = "state" in self._own
+
+        def call(inputs: Mapping[str, PyTree], key: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+            own = {name: {"key": key, "state": state}[name] for name in self._own}
+            outputs = self._arguments.call(fn, inputs, training, **own)
+            return outputs if is_stateful else (outputs, state)
+
+        if self.batch:
+            outputs, new = self._map(call, _axis_name(module), inputs, keys, state["state"])
+        else:
+            outputs, new = call(inputs, keys, state["state"])
+        return CallResult(outputs, {**state, "state": new})
+
+    def _map(
+        self,
+        call: Callable[..., Any],
+        axis_name: Any,
+        inputs: Mapping[str, PyTree],
+        key: PyTree,
+        state: PyTree,
+    ) -> tuple[PyTree, PyTree]:
+        import equinox as eqx
+
+        axes = {name: None if name in self.unbatched else eqx.if_array(0) for name in inputs}
+        mapped = {name: tree for name, tree in inputs.items() if name not in self.unbatched}
+        array = next(filter(is_array, jax.tree_util.tree_leaves(mapped)), None)
+        if array is None:
+            raise ValueError(
+                "with `batch=True` at least one argument must be a tensor with a batch; received none."
+            )
+        keys = None if key is None else jax.random.split(key, array.shape[0])
+        vmapped = eqx.filter_vmap(
+            call, in_axes=(axes, eqx.if_array(0), None), out_axes=(0, None), axis_name=axis_name
+        )
+        return vmapped(dict(inputs), keys, state)
+
+    def module_of(self, params: PyTree, state: PyTree) -> Any:
+        """Make a new module of these values; for a stateful one, the module and the state."""
+        module = self._leaves.join(params, state["module"])
+        return module if state["state"] is None else (module, state["state"])
+
+    def checkpoint_tree(self, params: PyTree, state: PyTree) -> PyTree:
+        """The module, whose leaves Equinox saves in its own order."""
+        return self.module_of(params, state)
+
+    def get_config(self) -> dict[str, Any]:
+        """The fields as JSON, with arrays left to the weights file."""
+        import equinox as eqx
+
+        if self.factory is None and "state" in self._own:
+            raise TypeError(
+                "cannot be saved: the state of a stateful module is not data. Make the layer with "
+                "`EquinoxLayer.from_factory(make)`, where `make(key)` is a function that returns the module and the "
+                'state, registered by `@jaxwrap.register_serializable("my_package")`.'
+            )
+        method = method_for_config(self.module, self.method, eqx.Module)
+        config = {
+            "module": None,
+            "filter_spec": serialize(self.filter_spec, "filter_spec"),
+            "method": serialize_callable(method, "method"),
+            "batch": self.batch,
+            "unbatched": list(self.unbatched),
+            "training_argument": self.training_argument,
+        }
+        if self.factory is not None:
+            return {**config, "factory": serialize(self.factory, "factory")}
+        return {**config, "module": serialize(self._leaves.placeholders(), "module")}
+
+    @classmethod
+    def fields_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields. A method that is named must be the module's own."""
+        import equinox as eqx
+
+        fields = super().fields_from_config(config)
+        if fields.get("module") is not None:
+            check_method(fields["module"], fields.get("method"), eqx.Module)
+        return fields
+
+
+@keras.saving.register_keras_serializable(package="jaxwrap")
+class EquinoxLayer(JaxLayer):
     """A Keras layer that computes an Equinox module, on every Keras backend.
 
-    Arrays in the module become the weights; the module itself never changes. Everything else in it stays what it is.
-    Arrays that stand in several places are one weight. A call is in inference mode, `eqx.nn.inference_mode`, unless
-    it is one of training. The layer takes the arguments that the module takes, tensors by position or by keyword,
-    other values by keyword. If the module takes `key`, it gets a new one at each call.
+    Arrays in the module become the weights. The module itself never changes. An array that stands in several places is
+    one weight. A call is in inference mode, `eqx.nn.inference_mode`, unless it is in training. The layer takes the
+    arguments of the module, tensors by position or by keyword, other values by keyword. If the module takes `key`, it
+    gets a new one at each call.
 
     Args:
         module: An Equinox module, or any callable pytree.
@@ -34,18 +211,21 @@ class EquinoxLayer(ModuleLayer):
             and returns its outputs and the new state.
         filter_spec: Which arrays are trained: a function of a leaf, or a pytree of bools, as `eqx.filter` takes it. By
             default those of inexact dtype.
-        batch: Whether the module is written for one example. It is then mapped over the first axis of all tensors
-            by `jax.vmap`, with a key for each example, and one state, under the axis name of its `BatchNorm` layers.
-        training_argument: The train flag of the module's `__call__`, if it has one: see `FlaxLayer`. With None the
-            module stays in the mode it is in.
-        factory: In the place of `module` and `state`, which are then None: see `from_factory`.
-        **kwargs: What `JaxLayer` takes beside its functions and values: `seed`, `rules`, `name`, `dtype`, ...
+        method: What to call: see `FlaxLayer`.
+        batch: Whether the module is written for one example. `jax.vmap` then maps it over the first axis of all
+            tensors, with a key for each example, and one state, under the axis name of its `BatchNorm` layers.
+        unbatched: The names of arguments that `batch` does not map, such as the times of a differential equation.
+        training_argument: The train flag of the method, if it has one: see `FlaxLayer`. With None the module stays in
+            the mode it is in.
+        factory: Instead of `module` and `state`, which are then None: see `from_factory`.
+        **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
         module: The module.
 
     Raises:
         TypeError: If the module cannot be called.
+        ValueError: If `unbatched` names an argument that the module does not take.
 
     Example:
         >>> import equinox as eqx, jax, numpy as np, jaxwrap
@@ -57,7 +237,8 @@ class EquinoxLayer(ModuleLayer):
         'mlp/params/layers/0/weight'
     """
 
-    _serialized = (*ModuleLayer._serialized, "module", "factory", "filter_spec")
+    adapter_class = Equinox
+    adapter: Equinox
 
     def __init__(
         self,
@@ -65,65 +246,41 @@ class EquinoxLayer(ModuleLayer):
         state: PyTree = None,
         *,
         filter_spec: Any = None,
+        method: Method = None,
         batch: bool = False,
+        unbatched: Sequence[str] = (),
         training_argument: str | None = AUTO,
         factory: Callable[..., Any] | None = None,
         **kwargs: Any,
     ):
-        owner = self._describe(kwargs.get("name"))
-        require("equinox", "0.11", "equinox", owner)
-        import equinox as eqx
+        with naming(describe(self, kwargs.get("name"))):
+            if factory is not None:
+                module, state = _make(factory, kwargs.get("seed"), kwargs.get("key_impl"))
+            adapter = Equinox(
+                module, state, filter_spec, method, batch, unbatched, training_argument, factory
+            )
+        super().__init__(adapter, **kwargs)
 
-        check_types(owner, batch=(batch, "a bool"))
-        if factory is not None:
-            module, state = _make(factory, kwargs.get("seed"), kwargs.get("key_impl"))
-        if not callable(module):
-            raise TypeError(
-                f"{owner}: expected an Equinox module that can be called; received {module!r}."
-            )
-        self._keep("module", module)
-        self._keep("_factory", factory)
-        self._keep("_filter_spec", filter_spec)
-        self.batch = batch
-        self._module_argument = training_argument
-        parameters = inspect.signature(module).parameters
-        if training_argument == AUTO and "inference" in parameters:
-            training_argument = "!inference"  # beside which some modules have an old name for it
-        own = [name for name in ("key", "state") if name in parameters]
-        if state is None and "state" in own:
-            own.remove("state")
-        self._takes(parameters, training_argument, own)
-        self._keep("_own", own)
-        leaves, treedef = jax.tree_util.tree_flatten(module)
-        spec = eqx.is_inexact_array if filter_spec is None else filter_spec
-        chosen = treedef.flatten_up_to(eqx.filter(module, spec))
-        self._keep("_treedef", treedef)
-        self._keep("_static", [None if is_array(leaf) else leaf for leaf in leaves])
-        self._keep("_first", _first_places(leaves))
-        arrays = {self._first[place] for place, leaf in enumerate(leaves) if is_array(leaf)}
-        trained = arrays & {
-            self._first[place] for place, leaf in enumerate(chosen) if leaf is not None
-        }
-        params, rest = (
-            treedef.unflatten(
-                [leaf if place in kept else None for place, leaf in enumerate(leaves)]
-            )
-            for kept in (trained, arrays - trained)
-        )
-        super().__init__(
-            self._call, params=params, state={"module": rest, "state": state}, **kwargs
-        )
+    @property
+    def module(self) -> Any:
+        """The module."""
+        return self.adapter.module
+
+    @property
+    def method(self) -> Method:
+        """The method, as passed."""
+        return self.adapter.method
 
     @classmethod
     def from_factory(cls, factory: Callable[..., Any], **kwargs: Any) -> EquinoxLayer:
-        """Makes a layer of the module that `factory(key)` returns, made at once with the layer's seed.
+        """Make a layer of the module that `factory(key)` returns now, with the layer's seed.
 
-        A registered factory is how a layer is saved whose module is stateful, or of classes that are not registered.
+        With a registered factory, a layer can be saved whose module is stateful, or of classes that are not registered.
 
         Args:
             factory: Takes a JAX key, as `key` if it has an argument of that name, and returns an Equinox module, or
                 the module and its state.
-            **kwargs: What the constructor takes beside the module and its state.
+            **kwargs: The other arguments of the constructor.
 
         Example:
             >>> import equinox as eqx, jaxwrap
@@ -135,121 +292,25 @@ class EquinoxLayer(ModuleLayer):
         """
         return cls(None, factory=factory, **kwargs)
 
+    @door
     def module_with_weights(self) -> Any:
-        """A new module that holds the present values of the weights; for a stateful one, the module and the state."""
+        """Return a new module with the present values of the weights; for a stateful one, the module and the state."""
         variables = jax.tree_util.tree_map(
             lambda leaf: jnp.asarray(leaf) if is_array(leaf) else leaf, self.get_variables()
         )
-        module = self._join(variables["params"], variables["state"]["module"])
-        state = variables["state"]["state"]
-        return module if state is None else (module, state)
-
-    def _join(self, params: PyTree, rest: PyTree) -> Any:
-        """The module with these arrays in it."""
-        parts = zip(
-            self._treedef.flatten_up_to(params),
-            self._treedef.flatten_up_to(rest),
-            self._static,
-            strict=True,
-        )
-        leaves = [next((leaf for leaf in part if leaf is not None), None) for part in parts]
-        return self._treedef.unflatten([leaves[first] for first in self._first])
-
-    def _call(
-        self, params: PyTree, state: PyTree, rng: PyTree, inputs: dict[str, PyTree], training: bool
-    ) -> tuple[PyTree, PyTree]:
-        import equinox as eqx
-
-        module = self._join(params, state["module"])
-        if self._module_argument is not None:
-            module = eqx.nn.inference_mode(module, value=not training)
-        stateful = "state" in self._own
-
-        def call(inputs: dict[str, PyTree], key: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-            own = {name: {"key": key, "state": state}[name] for name in self._own}
-            outputs = self._call_with(module, inputs, training, **own)
-            return outputs if stateful else (outputs, state)
-
-        if not self.batch:
-            outputs, new = call(inputs, rng, state["state"])
-        else:
-            arrays = filter(is_array, jax.tree_util.tree_leaves(inputs))
-            mapped = eqx.filter_vmap(
-                call,
-                in_axes=(eqx.if_array(0), 0, None),
-                out_axes=(0, None),
-                axis_name=_axis_name(module),
-            )
-            keys = jax.random.split(rng, next(arrays).shape[0])
-            outputs, new = mapped(inputs, keys, state["state"])
-        return outputs, {**state, "state": new}
-
-    def _checkpoint_tree(self) -> PyTree:
-        params, state = self._leaf_paths()
-        module = self._join(params, state["module"])
-        return module if state["state"] is None else (module, state["state"])
-
-    def _get_call_rng(self, training: bool) -> PyTree:
-        return self._get_call_seed()
-
-    def _function_config(self) -> dict[str, Any]:
-        config = {
-            "batch": self.batch,
-            "training_argument": self._module_argument,
-            "filter_spec": serialize(self._filter_spec, "filter_spec", self._owner),
-        }
-        if self._factory is not None:
-            return {
-                **config,
-                "module": None,
-                "factory": serialize(self._factory, "factory", self._owner),
-            }
-        if "state" in self._own:
-            raise TypeError(
-                f"{self._owner} cannot be saved: the state of a stateful module is no data. Make the layer with "
-                "`EquinoxLayer.from_factory(make)`, where `make(key)` is a function that returns the module and the "
-                'state, registered by `@jaxwrap.register_serializable("my_package")`.'
-            )
-        leaves, treedef = jax.tree_util.tree_flatten(self.module)
-        stored = [
-            _weight(leaf, first) if is_array(leaf) else leaf
-            for leaf, first in zip(leaves, self._first, strict=True)
-        ]
-        return {
-            **config,
-            "module": serialize(treedef.unflatten(stored), "module", self._owner),
-        }
-
-
-def _weight(array: Any, index: int) -> Weight:
-    """What a config holds of an array of a module."""
-    impl = None
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        impl, array = str(jax.random.key_impl(array)), jax.random.key_data(array)
-    return Weight(
-        tuple(array.shape), array.dtype.name, impl, index, not isinstance(array, jax.Array)
-    )
+        return self.adapter.module_of(variables["params"], variables["state"])
 
 
 def _make(factory: Callable[..., Any], seed: int | None, impl: str | None) -> tuple[Any, Any]:
-    """What a factory makes: the module, and its state or None."""
+    """Return the module that a factory makes, and its state or None."""
     key = to_key(init_seed(random.randint(1, 10**9) if seed is None else seed, 0), impl)
     named = "key" in inspect.signature(factory).parameters
     made = factory(key=key) if named else factory(key)
     return made if isinstance(made, tuple) else (made, None)
 
 
-def _first_places(leaves: list[Any]) -> list[int]:
-    """For each leaf, where the same array stands first."""
-    seen: dict[int, int] = {}
-    return [
-        seen.setdefault(id(leaf), place) if is_array(leaf) else place
-        for place, leaf in enumerate(leaves)
-    ]
-
-
 def _axis_name(module: Any) -> Any:
-    """The axis over which the module's normalizations take their means."""
+    """Return the axis over which the module's normalizations take their means."""
     import equinox as eqx
 
     def is_norm(node: Any) -> bool:

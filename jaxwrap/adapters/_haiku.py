@@ -2,35 +2,130 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 
+from jaxwrap._errors import describe, naming
+from jaxwrap._layer import Adapter, CallResult, JaxLayer
+from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import name_of, serialize
-from jaxwrap._signature import AUTO
 from jaxwrap._typing import PyTree
-from jaxwrap.adapters._module import ModuleLayer, require
+from jaxwrap.adapters._arguments import ModuleArguments
+from jaxwrap.adapters._libraries import require
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
-class HaikuLayer(ModuleLayer):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Haiku(Adapter):
+    """The adapter of Haiku transforms. `HaikuLayer` documents the fields."""
+
+    transformed: Any
+    method: str | int | None = None
+    training_argument: str | None = AUTO
+
+    def __post_init__(self) -> None:
+        require("haiku", "0.0.13", distribution="dm-haiku")
+        if not (hasattr(self.transformed, "init") and hasattr(self.transformed, "apply")):
+            raise TypeError(
+                f"expected the result of `hk.transform`, or of one of its kind; received {self.transformed!r}."
+            )
+        _ = self._arguments  # raises early
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., Any]:
+        apply = self.transformed.apply
+        if callable(apply) and self.method is None:
+            return apply
+        if callable(apply):
+            raise ValueError("`method` is for `hk.multi_transform`; this is another transform.")
+        names = list(apply) if isinstance(apply, dict) else list(range(len(apply)))
+        if self.method not in names:
+            raise ValueError(
+                f"`method` must say which function of the multi-transform to apply, one of {names}; received "
+                f"{self.method!r}."
+            )
+        return apply[self.method]
+
+    @functools.cached_property
+    def _passed(self) -> list[str]:
+        """What Haiku itself passes, before the arguments of the function."""
+        first = list(inspect.signature(self._apply).parameters)[:3]
+        return [name for name in ("params", "state", "rng") if name in first]
+
+    @functools.cached_property
+    def _arguments(self) -> ModuleArguments:
+        parameters = inspect.signature(self._apply).parameters
+        taken = {name: p for name, p in parameters.items() if name not in self._passed}
+        if (
+            self.method is not None
+        ):  # Haiku hides the arguments of the functions of a multi-transform
+            taken = inspect.signature(lambda *args: None).parameters
+        return ModuleArguments(taken, self.training_argument)
+
+    @property
+    def draws(self) -> str:  # type: ignore[override]
+        """Always, for a transform that takes an rng."""
+        return "always" if "rng" in self._passed else "never"
+
+    def signature(self) -> inspect.Signature:
+        """The arguments of the function, without the train flag."""
+        return self._arguments.signature
+
+    def init(self, keys: PyTree, inputs: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
+        """Call `transformed.init`."""
+        made = self._arguments.call(functools.partial(self.transformed.init, keys), inputs, True)
+        return made if "state" in self._passed else (made, None)
+
+    def call(
+        self,
+        params: PyTree,
+        state: PyTree,
+        keys: PyTree,
+        inputs: Mapping[str, PyTree],
+        training: bool,
+    ) -> CallResult:
+        """Call `transformed.apply`."""
+        values = {"params": params, "state": state, "rng": keys}
+        apply = functools.partial(self._apply, *(values[name] for name in self._passed))
+        result = self._arguments.call(apply, inputs, training)
+        return CallResult(*result) if "state" in self._passed else CallResult(result)
+
+    def get_config(self) -> dict[str, Any]:
+        """The fields as JSON. A transform is a pair of closures, which only a registered name can stand for."""
+        if name_of(self.transformed) is None:
+            raise TypeError(
+                "cannot be saved: `transformed` has not been registered. Register it, under a name: "
+                '`jaxwrap.register_serializable("my_package", "my_net")(transformed)`.'
+            )
+        return {
+            "transformed": serialize(self.transformed, "transformed"),
+            "method": self.method,
+            "training_argument": self.training_argument,
+        }
+
+
+@keras.saving.register_keras_serializable(package="jaxwrap")
+class HaikuLayer(JaxLayer):
     """A Keras layer that computes a function transformed by Haiku, on every Keras backend.
 
-    The layer takes the arguments that the function takes, tensors by position or by keyword, other values by keyword.
-    Of these, the function's train flag (`is_training`, say) is Keras's `training`. A function that takes an rng gets a
-    new key at each call, in inference too; a call in inference that draws nothing changes no seed.
+    The layer takes the arguments of the function, tensors by position or by keyword, other values by keyword. The
+    function's train flag, such as `is_training`, is Keras's `training`. A function that takes an rng gets a new key at
+    each call, in inference too. A call in inference that does not draw changes no seed.
 
     Args:
-        transformed: What `hk.transform`, `hk.transform_with_state`, `hk.without_apply_rng` or `hk.multi_transform`
-            return.
+        transformed: The result of `hk.transform`, `hk.transform_with_state`, `hk.without_apply_rng` or
+            `hk.multi_transform`.
         params: Initial parameters, as `transformed.init` returns them. They are copied. None to have it make them when
             the layer is built.
         state: Likewise, the initial state.
         method: For `hk.multi_transform`, the name or the index of the function to apply.
         training_argument: The train flag of the function: see `FlaxLayer`.
-        **kwargs: What `JaxLayer` takes beside its functions and values: `seed`, `rules`, `name`, `dtype`, ...
+        **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
         transformed: The transformed function.
@@ -48,7 +143,8 @@ class HaikuLayer(ModuleLayer):
         ((3, 2), 4)
     """
 
-    _serialized = (*ModuleLayer._serialized, "transformed")
+    adapter_class = Haiku
+    adapter: Haiku
 
     def __init__(
         self,
@@ -60,71 +156,7 @@ class HaikuLayer(ModuleLayer):
         training_argument: str | None = AUTO,
         **kwargs: Any,
     ):
-        owner = self._describe(kwargs.get("name"))
-        require("haiku", "0.0.13", "haiku", owner, distribution="dm-haiku")
-        if not (hasattr(transformed, "init") and hasattr(transformed, "apply")):
-            raise TypeError(
-                f"{owner}: expected what `hk.transform` returns, or one of its kind; received {transformed!r}."
-            )
-        self._keep("transformed", transformed)
-        self.method = method
-        self._keep("_apply", self._find_apply(owner))
-        self._keep("_module_argument", training_argument)
-        parameters = inspect.signature(self._apply).parameters
-        # What Haiku itself passes, before what the function takes.
-        self._keep("_passed", [n for n in ("params", "state", "rng") if n in list(parameters)[:3]])
-        taken = {name: p for name, p in parameters.items() if name not in self._passed}
-        if method is not None:  # Haiku hides what the functions of a multi-transform take
-            taken = inspect.signature(lambda *args: None).parameters
-        self._takes(taken, training_argument)
-        call_fn, init_fn = self._functions()
-        super().__init__(call_fn, init_fn, params=params, state=state, **kwargs)
-
-    def _find_apply(self, owner: str) -> Callable[..., Any]:
-        apply = self.transformed.apply
-        if callable(apply) and self.method is None:
-            return apply
-        if callable(apply):
-            raise ValueError(
-                f"{owner}: `method` is for `hk.multi_transform`; this is another transform."
-            )
-        names = list(apply) if isinstance(apply, dict) else list(range(len(apply)))
-        if self.method not in names:
-            raise ValueError(
-                f"{owner}: `method` must say which function of the multi-transform to apply, one of {names}; received "
-                f"{self.method!r}."
-            )
-        return apply[self.method]
-
-    def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def call(inputs: dict[str, PyTree], training: bool, **passed: PyTree) -> PyTree:
-            values = [passed[name] for name in self._passed]
-            return self._call_with(lambda *a, **k: self._apply(*values, *a, **k), inputs, training)
-
-        def init(rng: PyTree, inputs: dict[str, PyTree]) -> PyTree:
-            return self._call_with(
-                lambda *a, **k: self.transformed.init(rng, *a, **k), inputs, True
-            )
-
-        # `params` only, or `rng` or `state` too: what the transform takes.
-        parameters = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
-            for name in (*self._passed, "inputs", "training")
-        ]
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return call, init
-
-    def _get_call_rng(self, training: bool) -> PyTree:
-        return self._get_call_seed()
-
-    def _function_config(self) -> dict[str, Any]:
-        if name_of(self.transformed) is None:
-            raise TypeError(
-                f"{self._owner} cannot be saved: `transformed` has not been registered. Register it, under a name: "
-                '`jaxwrap.register_serializable("my_package", "my_net")(transformed)`.'
-            )
-        return {
-            "transformed": serialize(self.transformed, "transformed", self._owner),
-            "method": self.method,
-            "training_argument": self._module_argument,
-        }
+        with naming(describe(self, kwargs.get("name"))):
+            adapter = Haiku(transformed, method, training_argument)
+        super().__init__(adapter, params=params, state=state, **kwargs)
+        self.transformed, self.method = transformed, method

@@ -2,55 +2,214 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import keras
 
-from jaxwrap._pure import CallResult
-from jaxwrap._serialization import serialize
-from jaxwrap._signature import AUTO
+from jaxwrap._errors import describe, door, naming
+from jaxwrap._layer import Adapter, CallResult, JaxLayer
+from jaxwrap._layer._signature import AUTO
+from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
-from jaxwrap.adapters._module import (
-    DROP,
-    LOSS,
-    METRIC,
-    OUTPUT,
-    Collections,
-    ModuleLayer,
+from jaxwrap.adapters._arguments import ModuleArguments
+from jaxwrap.adapters._collections import DROP, LOSS, METRIC, OUTPUT, Collections
+from jaxwrap.adapters._libraries import require
+from jaxwrap.adapters._methods import (
+    Method,
     bind_method,
     check_method,
+    method_for_config,
     method_parameters,
-    require,
 )
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 _DEFAULT_ROLES = {"losses": LOSS, "metrics": METRIC, "intermediates": DROP}
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
-class NNXLayer(ModuleLayer):
+@dataclasses.dataclass(frozen=True, eq=False)
+class NNX(Adapter):
+    """The adapter of NNX modules. `NNXLayer` documents the fields; `trained` is its `trainable`.
+
+    Keys and counters of `nnx.Rngs` are state, so calls get no keys of the layer.
+    """
+
+    module: nnx.Module | None
+    method: Method = None
+    trained: Any = None
+    collections: Mapping[Any, str] | None = None
+    training_argument: str | None = AUTO
+    factory: Callable[..., nnx.Module] | None = None
+
+    draws = "never"
+
+    def __post_init__(self) -> None:
+        require("flax", "0.12")
+        from flax import nnx
+
+        if not isinstance(self.example, nnx.Module):
+            raise TypeError(
+                f"expected an `nnx.Module`; received {self.module!r}. A function that makes one goes to "
+                "`NNXLayer.from_factory`."
+            )
+        _ = self._roles, self._arguments  # raise early
+
+    def __str__(self) -> str:
+        return type(self.example).__qualname__
+
+    @functools.cached_property
+    def example(self) -> nnx.Module:
+        """The module; for a factory, one without values."""
+        if self.factory is None:
+            return self.module  # type: ignore[return-value]
+        return _abstract(self.factory)
+
+    @functools.cached_property
+    def _roles(self) -> Collections:
+        named = {_collection_name(name): role for name, role in (self.collections or {}).items()}
+        return Collections(named, _DEFAULT_ROLES)
+
+    @functools.cached_property
+    def _arguments(self) -> ModuleArguments:
+        return ModuleArguments(method_parameters(self.example, self.method), self.training_argument)
+
+    @property
+    def _filter(self) -> Any:
+        from flax import nnx
+
+        return nnx.Param if self.trained is None else self.trained
+
+    @functools.cached_property
+    def _graphdef(self) -> Any:
+        return self._parts(self.example)[0]
+
+    def _parts(self, module: Any) -> Any:
+        """The graph definition, parameters and state of a copy of a module, without what it has sown."""
+        from flax import nnx
+
+        copy = nnx.clone(module)
+        self._pop_sown(copy)
+        return nnx.split(copy, self._filter, ...)
+
+    def _values(self, module: Any) -> tuple[PyTree, PyTree]:
+        from flax import nnx
+
+        _, params, state = self._parts(module)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+
+    def initial(self) -> tuple[PyTree, PyTree] | None:
+        """The values of the module, unless a factory makes them."""
+        return None if self.factory is not None else self._values(self.module)
+
+    def signature(self) -> inspect.Signature:
+        """The arguments of the method, without the train flag."""
+        return self._arguments.signature
+
+    def init(self, keys: PyTree, inputs: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
+        """Call the factory."""
+        from flax import nnx
+
+        assert self.factory is not None
+        if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
+            keys = jax.random.wrap_key_data(keys)
+        return self._values(_make(self.factory, nnx.Rngs(keys)))
+
+    def call(
+        self,
+        params: PyTree,
+        state: PyTree,
+        keys: PyTree,
+        inputs: Mapping[str, PyTree],
+        training: bool,
+    ) -> CallResult:
+        """Call a module that has been merged of the values."""
+        from flax import nnx
+
+        module = self.merge(params, state)
+        if self.training_argument is not None:
+            module.train() if training else module.eval()
+        outputs = self._arguments.call(bind_method(module, self.method), inputs, training)
+        sown = self._pop_sown(module)
+        _, _, new_state = nnx.split(module, self._filter, ...)
+        return self._roles.result(outputs, nnx.to_pure_dict(new_state), sown)
+
+    def merge(self, params: PyTree, state: PyTree) -> Any:
+        """Make a new module of these values."""
+        from flax import nnx
+
+        return nnx.merge(self._graphdef, params, state)
+
+    def _pop_sown(self, module: Any) -> dict[str, PyTree]:
+        """Take variables out of a module that are neither parameters nor state; returns them by type."""
+        from flax import nnx
+        from flax.traverse_util import unflatten_dict
+
+        names = self._roles.named(LOSS, METRIC, OUTPUT, DROP)
+        popped = nnx.pop(module, lambda _, variable: _collection_name(type(variable)) in names)
+        flat: dict[str, dict[tuple[Any, ...], Any]] = {}
+        for path, variable in nnx.to_flat_state(popped):
+            flat.setdefault(_collection_name(type(variable)), {})[path] = variable.get_value()
+        return {name: unflatten_dict(values) for name, values in flat.items()}
+
+    def get_config(self) -> dict[str, Any]:
+        """The fields as JSON. Nothing says how an instance was made, so a factory must."""
+        from flax import nnx
+
+        if self.factory is None:
+            raise TypeError(
+                "cannot be saved: `module` is an instance, and nothing says how it was made. Make the layer with "
+                "`NNXLayer.from_factory(make)`, where `make(rngs)` is a function that returns the module, registered "
+                'by `@jaxwrap.register_serializable("my_package")`.'
+            )
+        method = method_for_config(self.example, self.method, nnx.Module)
+        return {
+            "module": None,
+            "method": serialize_callable(method, "method"),
+            "trained": serialize(self.trained, "trainable"),
+            "collections": serialize(self._roles.given, "collections"),
+            "training_argument": self.training_argument,
+            "factory": serialize(self.factory, "factory"),
+        }
+
+    @classmethod
+    def fields_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields. A method that is named must be the module's own."""
+        from flax import nnx
+
+        fields = super().fields_from_config(config)
+        check_method(_abstract(fields["factory"]), fields.get("method"), nnx.Module)
+        return fields
+
+
+@keras.saving.register_keras_serializable(package="jaxwrap")
+class NNXLayer(JaxLayer):
     """A Keras layer that computes a Flax NNX module, on every Keras backend.
 
-    The values of the module's variables become the weights; the instance itself never changes. `nnx.Param` is trained;
-    all other variables, such as `BatchStat`, `Cache` and the keys and counters of `nnx.Rngs`, are state. Shared modules
-    and variables stay shared. A call in training is one after `module.train()`, others are after `module.eval()`. The
-    layer takes the arguments that the method takes, tensors by position or by keyword, other values by keyword.
+    The values of the module's variables become the weights. The instance itself never changes. `nnx.Param` is trained.
+    All other variables, such as `BatchStat`, `Cache` and the keys and counters of `nnx.Rngs`, are state. Shared modules
+    and variables stay shared. A call in training comes after `module.train()`, others after `module.eval()`. The layer
+    takes the arguments of the method, tensors by position or by keyword, other values by keyword.
 
     Args:
         module: An `nnx.Module`. For one that is made with the layer's seed when the layer is made, see `from_factory`.
         method: What to call: None for `__call__`, a method of `module`, its name, or a function that takes the module
             as its first argument.
-        trainable: An `nnx` filter for the variables that are trained, `nnx.LoRAParam` say; by default `nnx.Param`. A
-            bool says, as for every Keras layer, whether the layer is trained at all.
-        collections: What sown variables are, by their type or its name: "loss", "metric", "output" or "drop", as with
-            `FlaxLayer`. By default `nnx.Intermediate` is dropped.
+        trainable: An `nnx` filter for the variables that are trained, such as `nnx.LoRAParam`. By default `nnx.Param`.
+            Or a bool, as for every Keras layer: whether the layer is trained at all.
+        collections: The roles of sown variables, by their type or its name: "loss", "metric", "output" or "drop", as
+            for `FlaxLayer`. By default `nnx.Intermediate` is dropped.
         training_argument: The train flag of the method, if it has one: see `FlaxLayer`. With None the module stays in
             the mode it is in.
-        factory: In the place of `module`, which is then None: see `from_factory`.
-        **kwargs: What `JaxLayer` takes beside its functions and values: `seed`, `rules`, `name`, `dtype`, ...
+        factory: Instead of `module`, which is then None: see `from_factory`.
+        **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
         module: The module.
@@ -66,55 +225,45 @@ class NNXLayer(ModuleLayer):
         ['linear/params/bias', 'linear/params/kernel']
     """
 
-    _serialized = (*ModuleLayer._serialized, "factory", "method", "trained")
+    adapter_class = NNX
+    adapter: NNX
 
     def __init__(
         self,
-        module: Any,
-        method: str | Callable[..., Any] | None = None,
+        module: nnx.Module | None,
+        method: Method = None,
         *,
         trainable: Any = None,
         collections: Mapping[Any, str] | None = None,
         training_argument: str | None = AUTO,
-        factory: Callable[..., Any] | None = None,
+        factory: Callable[..., nnx.Module] | None = None,
         **kwargs: Any,
     ):
-        owner = self._describe(kwargs.get("name"))
-        require("flax", "0.12", "flax", owner)
-        from flax import nnx
-
-        if factory is not None:
-            module = _abstract(factory)
-        if not isinstance(module, nnx.Module):
-            raise TypeError(
-                f"{owner}: expected an `nnx.Module`; received {module!r}. A function that makes one goes to "
-                f"`{type(self).__name__}.from_factory`."
-            )
-        self._keep("module", module)
-        self.method = method
-        self._keep("_factory", factory)
+        # `trained` comes from a config, where `trainable` is the bool of every layer.
+        trained = kwargs.pop("trained", None if isinstance(trainable, bool) else trainable)
         if isinstance(trainable, bool):
             kwargs["trainable"] = trainable
-            trainable = None
-        self._keep("_trainable_filter", nnx.Param if trainable is None else trainable)
-        named = {_collection_name(name): role for name, role in (collections or {}).items()}
-        self._keep("_collections", Collections(named, _DEFAULT_ROLES, owner))
-        self._keep("_module_argument", training_argument)
-        self._takes(method_parameters(module, method), training_argument)
-        self._keep("_graphdef", None)
-        if factory is not None:
-            super().__init__(self._call, self._init_module, **kwargs)
-        else:
-            params, state = self._split(module)
-            super().__init__(self._call, params=params, state=state, **kwargs)
+        with naming(describe(self, kwargs.get("name"))):
+            adapter = NNX(module, method, trained, collections, training_argument, factory)
+        super().__init__(adapter, **kwargs)
+
+    @property
+    def module(self) -> nnx.Module:
+        """The module; for a factory, one without values."""
+        return self.adapter.example
+
+    @property
+    def method(self) -> Method:
+        """The method, as passed."""
+        return self.adapter.method
 
     @classmethod
     def from_factory(cls, factory: Callable[..., Any], **kwargs: Any) -> NNXLayer:
-        """Makes a layer of the module that `factory(rngs)` returns, built with the layer's seed when the layer is.
+        """Make a layer of the module that `factory(rngs)` returns, when the layer is built, with the layer's seed.
 
         Args:
             factory: Takes an `nnx.Rngs`, as `rngs` if it has an argument of that name, and returns an `nnx.Module`.
-            **kwargs: What the constructor takes beside the module.
+            **kwargs: The other arguments of the constructor.
 
         Example:
             >>> import numpy as np, jaxwrap
@@ -125,118 +274,33 @@ class NNXLayer(ModuleLayer):
         """
         return cls(None, factory=factory, **kwargs)
 
-    def module_with_weights(self) -> Any:
-        """A new `nnx.Module` that holds the present values of the weights.
+    @door
+    def module_with_weights(self) -> nnx.Module:
+        """Return a new module with the present values of the weights.
 
         Raises:
-            ValueError: If the layer has not been built.
+            ValueError: If the layer is not built.
         """
-        from flax import nnx
-
         values = jax.tree_util.tree_map(jnp.asarray, self.get_variables())
-        return nnx.merge(self._graphdef, values["params"], values["state"])
-
-    # The pure functions.
-
-    def _init_module(self, rng: PyTree, inputs: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        from flax import nnx
-
-        if not jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key):
-            rng = jax.random.wrap_key_data(rng)
-        return self._split(_make(self._factory, nnx.Rngs(rng)))
-
-    def _split(self, module: Any) -> tuple[PyTree, PyTree]:
-        """The values of parameters and state; what has been sown is none of them."""
-        from flax import nnx
-
-        module = nnx.clone(module)
-        self._pop_sown(module)
-        graphdef, params, state = nnx.split(module, self._trainable_filter, ...)
-        self._keep("_graphdef", graphdef)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
-
-    def _call(
-        self, params: PyTree, state: PyTree, inputs: dict[str, PyTree], training: bool
-    ) -> CallResult:
-        from flax import nnx
-
-        module = nnx.merge(self._graphdef, params, state)
-        if self._module_argument is not None:
-            module.train() if training else module.eval()
-        outputs = self._call_with(bind_method(module, self.method), inputs, training)
-        sown = self._pop_sown(module)
-        _, _, new_state = nnx.split(module, self._trainable_filter, ...)
-        return self._collections.result(outputs, nnx.to_pure_dict(new_state), sown)
-
-    def _pop_sown(self, module: Any) -> dict[str, PyTree]:
-        """Takes the variables out of a module that are neither parameters nor state; returns them by type."""
-        from flax import nnx
-        from flax.traverse_util import unflatten_dict
-
-        names = self._collections.named(LOSS, METRIC, OUTPUT, DROP)
-        popped = nnx.pop(module, lambda _, variable: _collection_name(type(variable)) in names)
-        flat: dict[str, dict[tuple[Any, ...], Any]] = {}
-        for path, variable in nnx.to_flat_state(popped):
-            flat.setdefault(_collection_name(type(variable)), {})[path] = variable.get_value()
-        return {name: unflatten_dict(values) for name, values in flat.items()}
-
-    # What the layer asks of an adapter.
-
-    def _function_config(self) -> dict[str, Any]:
-        from flax import nnx
-
-        if self._factory is None:
-            raise TypeError(
-                f"{self._owner} cannot be saved: `module` is an instance, of which nothing says how it was made. Make "
-                "the layer with `NNXLayer.from_factory(make)`, where `make(rngs)` is a function that returns the "
-                'module, registered by `@jaxwrap.register_serializable("my_package")`.'
-            )
-        chosen = self._trainable_filter
-        return {
-            "module": None,
-            "factory": serialize(self._factory, "factory", self._owner),
-            "trained": None if chosen is nnx.Param else serialize(chosen, "trainable", self._owner),
-            "method": self._method_config(nnx.Module),
-            "collections": self._collections.given,
-            "training_argument": self._module_argument,
-        }
-
-    @classmethod
-    def _arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
-        from flax import nnx
-
-        arguments = super()._arguments_from_config(config)
-        if (trained := arguments.pop("trained", None)) is not None:
-            arguments["trainable"] = trained
-        check_method(
-            _abstract(arguments["factory"]), arguments.get("method"), nnx.Module, cls.__name__
-        )
-        return arguments
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> NNXLayer:
-        """Makes a layer from what `get_config` gave."""
-        layer = super().from_config(config)
-        layer.trainable = config.get("trainable", True)
-        return layer
+        return self.adapter.merge(values["params"], values["state"])
 
 
 def _abstract(factory: Callable[..., Any]) -> Any:
-    """The module that a factory makes, without values."""
+    """Return the module that a factory makes, without values."""
     from flax import nnx
 
     return nnx.eval_shape(lambda: _make(factory, nnx.Rngs(0)))
 
 
 def _make(factory: Callable[..., Any], rngs: Any) -> Any:
-    # A class, or a `functools.partial` of it, is a factory too: modules take their rngs by keyword, and hide it.
+    # A class, or a `functools.partial` of it, is a factory too. Modules take their rngs by keyword, and hide it.
     parameters = inspect.signature(factory).parameters
     named = "rngs" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return factory(rngs=rngs) if named else factory(rngs)
 
 
 def _collection_name(name: Any) -> str:
-    """The name of a collection, given by the type of its variables or by itself."""
+    """Return the name of a collection, from the type of its variables or from itself."""
     from flax import nnx
 
     return name if isinstance(name, str) else nnx.variable_name_from_type(name, allow_register=True)

@@ -1,7 +1,8 @@
-"""Which layer is for which object."""
+"""The adapter for each kind of object: `wrap`, and `register_adapter`."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import keras
 
-from jaxwrap._layer import JaxLayer
+from jaxwrap._layer import Adapter, JaxLayer
 from jaxwrap.adapters._equinox import EquinoxLayer
 from jaxwrap.adapters._haiku import HaikuLayer
 from jaxwrap.adapters._linen import FlaxLayer
@@ -19,7 +20,7 @@ Match = Callable[[Any], bool]
 
 
 def _is_a(library: str, *names: str) -> Match:
-    """Whether an object is of one of these classes of a library, which is not imported for the purpose."""
+    """Match objects of these classes of a library, without importing it."""
 
     def match(obj: Any) -> bool:
         module = sys.modules.get(library)
@@ -37,8 +38,8 @@ def _from_pair(pair: tuple[Callable[..., Any], Callable[..., Any]], **kwargs: An
     return JaxLayer(call_fn, init_fn, **kwargs)
 
 
-# What it is called, whether an object is one, what makes a layer of it. Later ones are asked first.
-_ADAPTERS: list[tuple[str, Match, Callable[..., keras.layers.Layer]]] = [
+# A name for errors, the match, and what makes the layer. Later ones are asked first.
+_ADAPTERS: list[tuple[str, Match, Callable[..., Any]]] = [
     ("a function: JaxLayer", inspect.isroutine, JaxLayer),
     ("a pair (init_fn, call_fn): JaxLayer", _is_pair, _from_pair),
     ("an Equinox module: EquinoxLayer", _is_a("equinox", "Module"), EquinoxLayer),
@@ -58,44 +59,57 @@ _ADAPTERS: list[tuple[str, Match, Callable[..., keras.layers.Layer]]] = [
 ]
 
 
-def register_adapter(match: Match, layer_class: Callable[..., keras.layers.Layer]) -> None:
-    """Teaches `wrap` another kind of object.
+def register_adapter(
+    match: Match, adapter_class: type[Adapter] | Callable[..., keras.layers.Layer]
+) -> None:
+    """Teach `wrap` another kind of object.
 
     Args:
-        match: Says whether an object is of that kind. Adapters registered later are asked first.
-        layer_class: Called with the object, and with the keyword arguments of `wrap`; returns a Keras layer.
+        match: Returns whether an object is of that kind. Adapters that are registered later are asked first.
+        adapter_class: An `Adapter`, made of the object and those keyword arguments of `wrap` that are its fields. Or a
+            function that takes the object and the keyword arguments of `wrap`, and returns a Keras layer.
 
     Raises:
         TypeError: If one of them cannot be called.
 
     Example:
-        >>> import jaxwrap, numpy as np
-        >>> class Shift:
-        ...     shift_by = 3
-        >>> def shift_layer(shift, **kwargs):
-        ...     return jaxwrap.JaxLayer(lambda inputs: inputs + shift.shift_by, **kwargs)
-        >>> jaxwrap.register_adapter(lambda obj: hasattr(obj, "shift_by"), shift_layer)
-        >>> float(jaxwrap.wrap(Shift())(np.ones(1, "float32"))[0])
-        4.0
+        >>> import dataclasses, jaxwrap, numpy as np
+        >>> from typing import Any
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Scale(jaxwrap.Adapter):
+        ...     model: Any
+        ...     power: int = 1
+        ...
+        ...     def init(self, keys, inputs):
+        ...         return {"scale": float(self.model.scale)}, None
+        ...
+        ...     def call(self, params, state, keys, inputs, training):
+        ...         return jaxwrap.CallResult(inputs * params["scale"] ** self.power)
+        >>> class Scaling:
+        ...     scale = 3
+        >>> jaxwrap.register_adapter(lambda obj: type(obj).__name__ == "Scaling", Scale)
+        >>> float(jaxwrap.wrap(Scaling(), power=2, name="scale")(np.ones(1, "float32"))[0])
+        9.0
     """
-    if not callable(match) or not callable(layer_class):
+    if not callable(match) or not callable(adapter_class):
         raise TypeError(
-            f"register_adapter: expected a function of an object and a layer class; received {match!r} and "
-            f"{layer_class!r}."
+            "register_adapter: expected a function of an object and an adapter class; received "
+            f"{match!r} and {adapter_class!r}."
         )
-    _ADAPTERS.append((getattr(layer_class, "__name__", repr(layer_class)), match, layer_class))
+    name = getattr(adapter_class, "__name__", repr(adapter_class))
+    _ADAPTERS.append((name, match, adapter_class))
 
 
 def wrap(obj: Any, **kwargs: Any) -> keras.layers.Layer:
-    """Makes a Keras layer of a module or a function of any library that has an adapter.
+    """Make a Keras layer of a module or a function of any library that has an adapter.
 
     Args:
         obj: A Flax Linen or NNX module, a Haiku transform, an Equinox module, a pair `(init_fn, call_fn)`, a function,
-            what an adapter has been registered for, or a Keras layer, which comes back as it is.
-        **kwargs: What the layer's constructor takes.
+            an object that an adapter is registered for, or a Keras layer, which comes back as it is.
+        **kwargs: The other arguments of the layer's constructor, and the fields of a registered adapter.
 
     Raises:
-        TypeError: For an object that no adapter is for, or a Keras layer with keyword arguments.
+        TypeError: For an object that no adapter matches, or a Keras layer with keyword arguments.
 
     Example:
         >>> import flax.linen as nn, jaxwrap
@@ -108,18 +122,28 @@ def wrap(obj: Any, **kwargs: Any) -> keras.layers.Layer:
                 f"wrap: {obj.name!r} is a Keras layer already, and takes no {', '.join(kwargs)} any more."
             )
         return obj
-    for _, match, layer_class in reversed(_ADAPTERS):
+    for _, match, make in reversed(_ADAPTERS):
         if match(obj):
-            return layer_class(obj, **kwargs)
+            if isinstance(make, type) and issubclass(make, Adapter):
+                return _from_adapter(make, obj, kwargs)
+            return make(obj, **kwargs)
     known = "\n".join(f"  {name}" for name, _, _ in reversed(_ADAPTERS))
     raise TypeError(
-        f"wrap: there is no adapter for {obj!r}, a {type(obj).__name__}. There are:\n{known}\nTo add one, turn the "
-        "object into the pure functions of a JaxLayer:\n"
-        "  def my_layer(obj, **kwargs):\n"
-        "      def init(rng, inputs):\n"
-        "          return obj.init(rng, inputs)\n"
-        "      def call(params, inputs):\n"
-        "          return obj.apply(params, inputs)\n"
-        "      return jaxwrap.JaxLayer(call, init, **kwargs)\n"
-        "  jaxwrap.register_adapter(lambda obj: isinstance(obj, MyModule), my_layer)"
+        f"wrap: there is no adapter for {obj!r}, a {type(obj).__name__}. There are:\n{known}\nTo add one, write an "
+        "`jaxwrap.Adapter`:\n"
+        "  @dataclasses.dataclass(frozen=True)\n"
+        "  class MyAdapter(jaxwrap.Adapter):\n"
+        "      model: Any\n"
+        "      def init(self, keys, inputs):\n"
+        "          return self.model.init(keys, inputs), None\n"
+        "      def call(self, params, state, keys, inputs, training):\n"
+        "          return jaxwrap.CallResult(self.model.apply(params, inputs))\n"
+        "  jaxwrap.register_adapter(lambda obj: isinstance(obj, MyModule), MyAdapter)"
     )
+
+
+def _from_adapter(adapter_class: type[Adapter], obj: Any, kwargs: dict[str, Any]) -> JaxLayer:
+    _, *names = (field.name for field in dataclasses.fields(adapter_class))  # type: ignore[arg-type]
+    fields = {name: kwargs.pop(name) for name in names if name in kwargs}
+    make: Any = adapter_class  # the fields are those of a dataclass
+    return JaxLayer(make(obj, **fields), **kwargs)

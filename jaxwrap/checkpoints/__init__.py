@@ -1,48 +1,56 @@
-"""Weights of layers in the checkpoint files of the JAX world."""
+"""The weights of layers in the checkpoint files of JAX libraries."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Collection, Iterator
 
 import jax
+import numpy as np
 
-from jaxwrap._variables import assign, to_host
-from jaxwrap._weights import WeightedLayer
+from jaxwrap._errors import describe, naming
+from jaxwrap._layer import JaxLayer
+from jaxwrap._weights._variables import assign, to_host
 from jaxwrap.checkpoints._atomic import existing, replacing
+from jaxwrap.checkpoints._base import OpenFile
 from jaxwrap.checkpoints._formats import find_format
-from jaxwrap.checkpoints._plan import Names, Plan, make_plan, rename
+from jaxwrap.checkpoints._plan import Entry, Names, Plan, make_plan, rename
 
 __all__ = ["Plan", "load", "save"]
 
+_UNCHANGED = "No weight has been changed. It may be damaged, or in another format: pass `format=`."
+_CHANGED = "It passed the first reading and failed in the second, so some weights have been changed: load it again."
+
 
 def save(
-    layer: WeightedLayer,
+    layer: JaxLayer,
     path: str | os.PathLike[str],
     *,
-    format: str | None = None,  # noqa: A002 (the word that the field uses)
+    format: str | None = None,  # noqa: A002 (the usual word)
     names: Names = (),
 ) -> None:
-    r"""Writes the weights of a layer as a checkpoint of a JAX library.
+    r"""Write the weights of a layer as a checkpoint of a JAX library.
 
-    In the file they are called what their paths below the layer are, `params/Dense_0/kernel`: as nested dicts in
-    `.msgpack` and Orbax, which is what `layer.get_variables()` returns; flat in `.safetensors` and `.npz`. An `.eqx`
-    file holds leaves without names, those of the module for an `EquinoxLayer`. PRNG keys are written as their data. The
-    file is written under another name and then renamed, so the one that was there stays whole until then.
+    The name of a weight in the file is its path below the layer, `params/Dense_0/kernel`. `.msgpack` and Orbax hold
+    nested dicts, the same as `layer.get_variables()`. `.safetensors` and `.npz` hold flat names. `.eqx` holds leaves
+    without names, and for an `EquinoxLayer` those of the module. PRNG keys are written as their data. A failed or
+    interrupted save leaves the file that was there before.
 
     Args:
-        layer: A layer of jaxwrap that has been built.
+        layer: A built layer of jaxwrap.
         path: The file, or for Orbax the directory.
-        format: "msgpack", "orbax", "safetensors", "npz" or "eqx"; by default what the suffix says, with `.orbax`, or no
-            suffix, for Orbax.
-        names: Other names, by patterns of the paths, as pairs or as a dict: `{r"params/(.*)": r"model/\1"}`. The first
-            pattern that matches a whole path says its name, as in `re.sub`; None leaves it out.
+        format: "msgpack", "orbax", "safetensors", "npz" or "eqx". By default the suffix of `path` decides. `.orbax`, or
+            no suffix, is Orbax.
+        names: New names, as a dict or as pairs, from a pattern of the path: `{r"params/(.*)": r"model/\1"}`. The first
+            pattern that matches a whole path gives its name, as in `re.sub`. None leaves the weight out.
 
     Raises:
         ImportError: If the library of the format is not installed.
-        TypeError: If `layer` is none of jaxwrap.
-        ValueError: If the layer has not been built, the format is not known or cannot hold a dtype, or `names` matches
-            nothing or gives two weights one name.
+        TypeError: If `layer` is not a layer of jaxwrap.
+        ValueError: If the layer has not been built, the format is unknown or cannot hold a dtype, or `names` matches
+            nothing or gives two weights the same name.
 
     Example:
         >>> import flax.linen as nn, numpy as np, tempfile, jaxwrap
@@ -53,45 +61,48 @@ def save(
         ...     sorted(np.load(f"{folder}/dense.npz"))
         ['params/bias', 'params/kernel']
     """
-    owner = _check(layer, "save")
+    _check_layer(layer, "save")
     path = pathlib.Path(path)
-    chosen = find_format(path, format, owner)
-    variables = layer._variables_by_path()
-    renamed = rename(list(variables), names, owner)
-    arrays = {name: to_host(variables[own]) for own, name in renamed.items() if name is not None}
-    with replacing(path) as temporary:
-        chosen.write(temporary, arrays, layer._checkpoint_tree(), owner)
+    with naming(describe(layer)):
+        chosen = find_format(path, format)
+        variables = layer._engine.built_weights().by_path()
+        renamed = rename(list(variables), names)
+        arrays = {
+            name: to_host(variables[own]) for own, name in renamed.items() if name is not None
+        }
+        with replacing(path) as temporary:
+            chosen.write(temporary, arrays, layer._engine.checkpoint_tree())
 
 
 def load(
-    layer: WeightedLayer,
+    layer: JaxLayer,
     path: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002
     names: Names = (),
     dry_run: bool = False,
 ) -> Plan:
-    r"""Reads a checkpoint of a JAX library into the weights of a layer: all of them, or none.
+    r"""Read a checkpoint of a JAX library into the weights of a layer: all of them, or none.
 
-    Numbers are cast to the dtype of the weight if they are of its kind, or of one that it holds. Beside the weights,
-    memory holds one array of the file at a time; of an Orbax checkpoint, up to 16 MB of them.
+    Numbers are cast to the dtype of the weight if it can hold their kind. Besides the weights, memory holds one array
+    of the file at a time. Of an Orbax checkpoint, it holds up to 16 MB of arrays.
 
     Args:
-        layer: A layer of jaxwrap that has been built.
-        path: The file, or for Orbax the directory. A file of the library's own will do as well as one from `save`.
+        layer: A built layer of jaxwrap.
+        path: The file, or for Orbax the directory, from `save` or from the library itself.
         format: See `save`.
-        names: What the names in the file are to be called, by patterns, as for `save`. None leaves a name out.
-        dry_run: Prints the plan, and assigns nothing.
+        names: New names for the names in the file, by patterns. See `save`. None leaves an array out.
+        dry_run: Print the plan and assign nothing.
 
     Returns:
-        The plan: what goes where.
+        The plan: which array goes to which weight.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If the library of the format is not installed.
-        TypeError: If `layer` is none of jaxwrap.
-        ValueError: If weights are missing, not expected, or of another shape or kind; all are listed. Or if the file is
-            damaged. No weight has been changed then.
+        TypeError: If `layer` is not a layer of jaxwrap.
+        ValueError: If weights are missing, unexpected, or of another shape or kind. The error lists all of them. Or if
+            the file is damaged. No weight has been changed then.
 
     Example:
         >>> import flax.linen as nn, numpy as np, tempfile, jaxwrap
@@ -103,42 +114,52 @@ def load(
         >>> [row.status for row in plan], float(layer.get_variables()["params"]["kernel"].sum())
         (['cast', 'cast'], 6.0)
     """
-    owner = _check(layer, "load")
-    path = existing(pathlib.Path(path))
-    chosen = find_format(path, format, owner)
-    variables = layer._variables_by_path()
-    try:
-        with chosen.open(path, layer._checkpoint_tree(), owner) as file:
-            plan = make_plan(file.entries, rename(list(file.entries), names, owner), variables)
-            if dry_run:
-                print(plan)  # noqa: T201 (what a dry run is for)
-                return plan
-            plan.check(owner, path)
-            targets = {row.name: variables[row.target] for row in plan if row.target in variables}
-            # A damaged file may say so late. Reading all of it twice takes less memory than keeping it.
-            for _ in file.read(targets):
-                pass
-            for name, array in file.read(targets):
-                variable = targets[name]
-                assign(variable, array.astype(variable.dtype, copy=False))
-                # JAX copies while we go on, and would keep all arrays alive.
-                jax.block_until_ready(variable.value)
-    except (ValueError, TypeError):
-        raise
-    except Exception as error:
-        # Each library has errors of its own for a file that it cannot read.
-        raise ValueError(
-            f"{owner}: {path} cannot be read. None of the weights has been changed. It may be damaged, or of another "
-            f"format; `format=` says which. {type(error).__name__}: {error}"
-        ) from error
+    _check_layer(layer, "load")
+    with naming(describe(layer)), contextlib.ExitStack() as stack:
+        path = existing(pathlib.Path(path))
+        chosen = find_format(path, format)
+        with _readable(path):
+            file = stack.enter_context(chosen.open(path, layer._engine.checkpoint_tree()))
+        variables = layer._engine.built_weights().by_path()
+        weights = {name: Entry(tuple(v.shape), v.dtype) for name, v in variables.items()}
+        plan = make_plan(file.entries, rename(list(file.entries), names), weights)
+        if dry_run:
+            print(plan)  # noqa: T201 (the purpose of a dry run)
+            return plan
+        plan.check(path)
+        targets = {row.name: variables[row.target] for row in plan if row.target in variables}
+        # A damaged file may fail at its last array. To read it twice takes less memory than to keep all arrays.
+        for _ in _arrays(file, targets, path):
+            pass
+        for name, array in _arrays(file, targets, path, _CHANGED):
+            variable = targets[name]
+            assign(variable, array.astype(variable.dtype, copy=False))
+            # JAX copies in the background, and keeps each array until then.
+            jax.block_until_ready(variable.value)
     return plan
 
 
-def _check(layer: WeightedLayer, function: str) -> str:
-    if not isinstance(layer, WeightedLayer):
+def _arrays(
+    file: OpenFile, names: Collection[str], path: pathlib.Path, outcome: str = _UNCHANGED
+) -> Iterator[tuple[str, np.ndarray]]:
+    with _readable(path, outcome):
+        yield from file.read(names)
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path, outcome: str = _UNCHANGED) -> Iterator[None]:
+    """Turn whatever a library raises for a file that it cannot read into a ValueError with the path."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read. {outcome} {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_layer(layer: JaxLayer, function: str) -> None:
+    if not isinstance(layer, JaxLayer):
         raise TypeError(
             f"checkpoints.{function}: expected a layer of jaxwrap; received {layer!r}. Pass the layers of a model one "
             "by one."
         )
-    layer._built_leaves()
-    return layer._owner

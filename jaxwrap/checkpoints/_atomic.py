@@ -1,4 +1,4 @@
-"""A file is written under another name and renamed, so that there is a whole one at every moment."""
+"""Replace a file by writing another and renaming it, so that there is a whole one at every moment."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import contextlib
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Iterator
 
-_PREVIOUS = ".previous"
+PREVIOUS = ".previous"
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a name to write a file or a directory to, which takes the place of `path` if nothing has been raised."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    previous = path.with_name(path.name + _PREVIOUS)
+    """Give a path to write a file or a directory to. It takes the place of `path` if the block raises nothing."""
+    # Threads share a process id, and so do the first processes of two containers.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    previous = path.with_name(path.name + PREVIOUS)
     try:
         yield temporary
         if temporary.is_dir():
-            # Directories cannot replace one another: between the two renames there is only the previous one.
+            # A directory cannot replace another: between the two renames only the previous one exists.
             if path.exists():
                 _remove(previous)
                 path.rename(previous)
@@ -34,13 +36,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def existing(path: pathlib.Path) -> pathlib.Path:
-    """The path, or the one that `replacing` was about to replace when it was interrupted.
+    """Return the path, or the previous checkpoint if `replacing` was interrupted between its renames.
 
     Raises:
-        FileNotFoundError: If there is neither.
+        FileNotFoundError: If neither exists.
     """
-    previous = path.with_name(path.name + _PREVIOUS)
-    for candidate in (path, previous):
+    for candidate in (path, path.with_name(path.name + PREVIOUS)):
         if candidate.exists():
             return candidate
     raise FileNotFoundError(f"there is no checkpoint {path}")

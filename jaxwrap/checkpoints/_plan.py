@@ -6,11 +6,9 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import keras
-
-from jaxwrap._rules import SECONDS, compile_pattern
-from jaxwrap._tables import format_table
-from jaxwrap._variables import can_hold
+from jaxwrap._dtypes import can_hold
+from jaxwrap._weights._patterns import SECONDS, compile_pattern
+from jaxwrap._weights._table import format_table
 
 Names = Mapping[str, str | None] | Iterable[tuple[str, str | None]]
 
@@ -19,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """What is known of an array in a file before it is read: its shape and the name of its dtype."""
+    """The shape of an array, and the name of its dtype."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class Row(NamedTuple):
-    """One array of a file, or one weight that the file does not have.
+    """One array of a file, or one weight that the file lacks.
 
     Attributes:
-        name: The name in the file; empty for a weight that is missing.
-        target: The path of the weight below the layer; None for a name that is left out.
+        name: The name in the file. Empty for a missing weight.
+        target: The path of the weight below the layer. None if `names` leaves the array out.
         status: "match", "cast", "left out", "missing", "unexpected", "shape" or "dtype".
-        detail: What differs.
+        detail: The difference between file and weight.
     """
 
     name: str
@@ -49,8 +47,8 @@ class Plan(tuple[Row, ...]):
     def __str__(self) -> str:
         return format_table([Row._fields, *([cell or "" for cell in row] for row in self)])
 
-    def check(self, owner: str, path: pathlib.Path) -> None:
-        """Raises ValueError, with a line for each row that forbids to load the file."""
+    def check(self, path: pathlib.Path) -> None:
+        """Raise ValueError if the file does not fit the weights, with a line for each difference."""
         problems = [
             f"  {row.status}: {row.target} {row.detail}".rstrip()
             for row in self
@@ -58,79 +56,96 @@ class Plan(tuple[Row, ...]):
         ]
         if problems:
             raise ValueError(
-                f"{owner}: the weights in {path} are not those of the layer. None has been changed. `names` says what "
-                "names in the file are to be called, and `dry_run=True` shows what goes where.\n"
+                f"the weights in {path} are not those of the layer. No weight has been changed. Rename arrays of the "
+                "file with `names`, and see with `dry_run=True` what goes where.\n"
                 + "\n".join(problems)
             )
 
 
-def rename(names: Sequence[str], patterns: Names, owner: str) -> dict[str, str | None]:
-    """The new name of each name: that of the first pattern that matches the whole of it, or its own.
+def rename(names: Sequence[str], patterns: Names) -> dict[str, str | None]:
+    """Return the new name of each name. The first pattern that matches a whole name decides. Other names stay.
 
     Raises:
-        TypeError: For patterns of another form.
-        ValueError: If a pattern is no regular expression or matches nothing, or two names become one.
+        TypeError: If `patterns` does not map strings to strings or None.
+        ValueError: If a pattern is no regular expression, is never the first to match, or takes seconds to match; or if
+            two names become one.
     """
     pairs: list[Any] = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
-    compiled = [(_compile(pair, owner), pair[1]) for pair in pairs]
+    compiled = [(_compile(pair), pair[1]) for pair in pairs]
     used, renamed = set(), {}
     for name in names:
         renamed[name] = name
         for index, (pattern, replacement) in enumerate(compiled):
-            if match := pattern.fullmatch(name, timeout=SECONDS):
+            if match := _match(pattern, name):
                 used.add(index)
                 renamed[name] = None if replacement is None else match.expand(replacement)
                 break
     unused = [pairs[index][0] for index in range(len(pairs)) if index not in used]
     if unused:
         raise ValueError(
-            f"{owner}: these patterns of `names` are the first to match none of the names: {unused}. There are "
+            f"these patterns in `names` are the first to match none of the names: {unused}. The names are "
             f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
         )
-    by_target: dict[str, str] = {}
-    for name, target in renamed.items():
-        if target is not None and by_target.setdefault(target, name) != name:
-            raise ValueError(
-                f"{owner}: by `names`, both {by_target[target]!r} and {name!r} become {target!r}."
-            )
+    _check_unique(renamed)
     return renamed
 
 
 def make_plan(
     entries: Mapping[str, Entry],
     targets: Mapping[str, str | None],
-    variables: Mapping[str, keras.Variable],
+    weights: Mapping[str, Entry],
 ) -> Plan:
-    """Compares what a file holds, by the names that its arrays are to have, with the weights."""
-    rows = []
-    for name, entry in entries.items():
-        target = targets[name]
-        variable = None if target is None else variables.get(target)
-        if target is None:
-            rows.append(Row(name, None, "left out"))
-        elif variable is None:
-            rows.append(Row(name, target, "unexpected"))
-        elif entry.shape != tuple(variable.shape):
-            rows.append(
-                Row(name, target, "shape", f"is {tuple(variable.shape)}, in the file {entry.shape}")
-            )
-        elif not can_hold(variable.dtype, entry.dtype):
-            rows.append(
-                Row(name, target, "dtype", f"is {variable.dtype}, in the file {entry.dtype}")
-            )
-        elif entry.dtype != variable.dtype:
-            rows.append(Row(name, target, "cast", f"{entry.dtype} to {variable.dtype}"))
-        else:
-            rows.append(Row(name, target, "match"))
+    """Compare the arrays of a file with the weights.
+
+    Args:
+        entries: The arrays, by their names in the file.
+        targets: The path of the weight for each of these names, or None.
+        weights: The weights, by path.
+    """
+    rows = [_row(name, entry, targets[name], weights) for name, entry in entries.items()]
     there = set(targets.values())
-    rows += [Row("", path, "missing") for path in variables if path not in there]
+    rows += [Row("", path, "missing") for path in weights if path not in there]
     return Plan(rows)
 
 
-def _compile(pair: Any, owner: str) -> regex.Pattern[str]:
+def _row(name: str, entry: Entry, target: str | None, weights: Mapping[str, Entry]) -> Row:
+    if target is None:
+        return Row(name, None, "left out")
+    if target not in weights:
+        return Row(name, target, "unexpected")
+    weight = weights[target]
+    if entry.shape != weight.shape:
+        return Row(name, target, "shape", f"is {weight.shape}, in the file {entry.shape}")
+    if not can_hold(weight.dtype, entry.dtype):
+        return Row(name, target, "dtype", f"is {weight.dtype}, in the file {entry.dtype}")
+    if entry.dtype != weight.dtype:
+        return Row(name, target, "cast", f"{entry.dtype} to {weight.dtype}")
+    return Row(name, target, "match")
+
+
+def _compile(pair: Any) -> regex.Pattern[str]:
     pattern, replacement = pair
     if not isinstance(pattern, str) or not isinstance(replacement, (str, type(None))):
         raise TypeError(
-            f"{owner}: `names` must map patterns to names or None; received {pattern!r}: {replacement!r}."
+            f"`names` must map patterns to names or None; received {pattern!r}: {replacement!r}."
         )
-    return compile_pattern(pattern, f"{owner}: the pattern {pattern!r} in `names`")
+    return compile_pattern(pattern, "in `names`, the pattern")
+
+
+def _match(pattern: regex.Pattern[str], name: str) -> regex.Match[str] | None:
+    try:
+        return pattern.fullmatch(name, timeout=SECONDS)
+    except TimeoutError:
+        raise ValueError(
+            f"it takes longer than {SECONDS} s to match the pattern {pattern.pattern!r} in `names` with {name!r}. "
+            "Write it without repetitions inside of repetitions."
+        ) from None
+
+
+def _check_unique(renamed: Mapping[str, str | None]) -> None:
+    by_target: dict[str, str] = {}
+    for name, target in renamed.items():
+        if target is not None and by_target.setdefault(target, name) != name:
+            raise ValueError(
+                f"`names` turns both {by_target[target]!r} and {name!r} into {target!r}. Give them different names."
+            )

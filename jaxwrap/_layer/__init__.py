@@ -1,0 +1,6 @@
+"""A model of a JAX library as a Keras layer: the adapter says what the model is, the layer does the rest."""
+
+from jaxwrap._layer._adapter import Adapter, CallResult
+from jaxwrap._layer._layer import JaxLayer
+
+__all__ = ["Adapter", "CallResult", "JaxLayer"]

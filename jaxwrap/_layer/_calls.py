@@ -1,0 +1,178 @@
+"""From Keras's call of a layer to the model and back: the plan of the call, the checks before it, state after it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import keras
+
+from jaxwrap._bridge import get_bridge
+from jaxwrap._errors import describe, naming, raise_named
+from jaxwrap._layer import _fast
+from jaxwrap._layer._engine import Engine
+from jaxwrap._layer._program import Plan, Result, kind_of
+from jaxwrap._pytree import Structure, describe_difference, partition
+from jaxwrap._specs import partition_specs
+from jaxwrap._typing import PyTree
+from jaxwrap._weights._variables import assign_all
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class Calls:
+    """The calls of one layer.
+
+    Args:
+        layer: The layer.
+        engine: Its parts.
+        base: The class whose `call` a subclass may override. Then Keras must call it.
+    """
+
+    def __init__(self, layer: Any, engine: Engine, base: type):
+        self._layer = layer
+        self._engine = engine
+        self._is_direct = type(layer).call is base.call
+        self._last = threading.local()
+        if self._is_direct:
+            # Keras learns from its signature what a layer takes.
+            call = _with_signature(functools.partial(base.call, layer), engine.inputs.signature)
+            object.__setattr__(layer, "call", call)
+
+    def enter(self, keras_call: Callable[..., Any], args: Args, kwargs: Kwargs) -> PyTree:
+        """Pass a call on to Keras, or takes the short way around it.
+
+        Args:
+            keras_call: Keras's `__call__` of the layer.
+            args: The arguments of the call.
+            kwargs: Likewise.
+        """
+        engine, layer = self._engine, self._layer
+        kwargs = engine.inputs.rename(args, kwargs)
+        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+        kind = kind_of(treedef, leaves)
+        plan = engine.program.plans.get(kind) if engine.program else None
+        if plan is not None and plan.route and _fast.is_open(plan.route, layer, leaves):
+            training = _fast.enter(layer, plan.training)
+            try:
+                return self._run(plan, leaves, training)
+            except Exception as error:
+                _fast.raise_as_keras(error, layer, engine.inputs.signature, args, training)
+        if plan is None or not layer.built:
+            # Keras passes only shapes to `build`, and its own errors come after it has changed things.
+            with naming(describe(layer)):
+                arguments, _ = engine.inputs.bind(args, kwargs)
+                specs = engine.read_specs(arguments)
+            if not layer.built:
+                with engine.first_call(specs):
+                    return keras_call(*args, **kwargs)
+        outputs = keras_call(*args, **kwargs)
+        if self._is_direct and (plan is None or plan.route is None):
+            route = _fast.learn(layer, args, kwargs, leaves)
+            if route is not None:
+                (plan or self._plan(kind, treedef, leaves)).route = route
+        return outputs
+
+    def call(self, args: Args, kwargs: Kwargs) -> PyTree:
+        """Call the model on what Keras has prepared."""
+        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+        kind = kind_of(treedef, leaves)
+        plans = self._engine.built_program().plans
+        plan = plans.get(kind) or self._plan(kind, treedef, leaves)
+        return self._run(plan, leaves, bool(plan.training))
+
+    def symbolic(self, args: Args, kwargs: Kwargs) -> PyTree:
+        """Compute a `keras.KerasTensor` for each output."""
+        engine = self._engine
+        arguments, training = engine.inputs.bind(args, kwargs)
+        engine.complete()
+        outputs = engine.trace(engine.read_specs(arguments), bool(training))["outputs"]
+        self.note_shapes(outputs)
+        return jax.tree_util.tree_map(
+            lambda spec: keras.KerasTensor(spec.shape, spec.dtype), outputs
+        )
+
+    def _plan(self, kind: Any, treedef: Any, leaves: Sequence[Any]) -> Plan:
+        """Make the plan for a kind of call, after a look at arguments of another structure than built for."""
+        engine, is_tensor = self._engine, get_bridge().is_tensor
+        arguments, training = engine.inputs.bind(*treedef.unflatten(leaves))
+        _, structure = partition(arguments, is_tensor)
+        self._check_structure(arguments, structure, bool(training))
+        # Bound in their place, the numbers of the leaves come out in the order of the structure.
+        numbers, _ = engine.inputs.bind(*treedef.unflatten(range(len(leaves))))
+        places = [n for n in jax.tree_util.tree_leaves(numbers) if is_tensor(leaves[n])]
+        return engine.built_program().add(kind, structure, places, training)
+
+    def _check_structure(
+        self, arguments: dict[str, PyTree], received: Structure, training: bool
+    ) -> None:
+        engine = self._engine
+        _, built = partition_specs(engine.specs)
+        if received == built:
+            return
+        with naming(describe(self._layer)):
+            try:
+                engine.trace(engine.read_specs(arguments), training)
+            except Exception as error:
+                difference = describe_difference(built, received) or "  other containers"
+                raise ValueError(
+                    "the model fails for these inputs, whose structure is not the one that the layer was built for:\n"
+                    f"{difference}\nIt raised {type(error).__name__}: {error}"
+                ) from error
+
+    def _run(self, plan: Plan, leaves: Sequence[Any], training: bool) -> PyTree:
+        """Call the model. If it raises, nothing has been assigned."""
+        engine = self._engine
+        try:
+            result = engine.built_program().run(plan, leaves, training)
+            if result.metrics:
+                engine.reports.check(result.metrics)
+        except Exception as error:
+            raise_named(error, describe(self._layer))
+        self._assign(result, training)
+        return result.outputs
+
+    def _assign(self, result: Result, training: bool) -> None:
+        layer, engine = self._layer, self._engine
+        changed: list[keras.Variable] = []
+        values: list[Any] = []
+        if result.state and (training or layer.update_state_in_inference):
+            state = engine.weights.state.variables  # type: ignore[union-attr]
+            changed += [state[index] for index in result.state]
+            values += result.state.values()
+        for generator, count in zip(engine.seeds.generators.values(), result.draws, strict=True):
+            if count:
+                changed.append(generator.state)
+                values.append(generator.after(count))
+        assign_all(changed, values)
+        if result.loss is not None:
+            layer.add_loss(result.loss)
+        for name, value in result.metrics.items():
+            engine.reports.means()[name].update(value)
+        self.note_shapes(result.outputs)
+
+    # Masks.
+
+    def note_shapes(self, outputs: PyTree) -> None:
+        """Note the shapes of the outputs for `compute_mask`, which Keras calls next with the inputs only."""
+        if self._layer.supports_masking:
+            leaves = jax.tree_util.tree_leaves(outputs)
+            self._last.shapes = [tuple(leaf.shape) for leaf in leaves]
+
+    def last_shapes(self) -> list[tuple[int | None, ...]]:
+        """Return the shapes of the outputs of the last call."""
+        return getattr(self._last, "shapes", [])
+
+
+def _with_signature(method: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,259 @@
+"""The parts of a layer behind Keras's protocol: built once, called many times."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.core import Tracer
+
+from jaxwrap._bridge import get_bridge
+from jaxwrap._layer._adapter import Adapter
+from jaxwrap._layer._inputs import Inputs, placeholders
+from jaxwrap._layer._options import Options
+from jaxwrap._layer._program import Program
+from jaxwrap._layer._reports import Reports
+from jaxwrap._layer._seeds import Seeds
+from jaxwrap._layer._shapes import abstract_result, reported_metrics
+from jaxwrap._pytree import is_array, partition, path_str
+from jaxwrap._serialization import check_size
+from jaxwrap._specs import Spec, partition_specs
+from jaxwrap._typing import PyTree
+from jaxwrap._weights import Dtypes, Rules, Weights
+from jaxwrap._weights._files import load, save
+
+
+class Engine:
+    """The parts of a layer, in a plain object that Keras's tracker does not look into.
+
+    Attributes:
+        adapter: The model.
+        inputs: What the layer is called with.
+        seeds: Its seeds.
+        rules: What holds for leaves.
+        options: What else the config holds.
+        weights: The variables, or None before building.
+        specs: The arguments that the layer has been built for, or None before.
+        program: The calls, or None before building.
+        reports: The metrics from inside.
+        has_values: Whether the user passed `params` or `state`.
+        is_from_file: Whether the layer has been made from a config, whose shapes may not fit into memory.
+        lock: Held while the layer is built or traced without data.
+    """
+
+    def __init__(self, layer: Any, adapter: Adapter, rules: Rules, options: Options):
+        self.adapter = adapter
+        self.rules = rules
+        self.options = options
+        self.inputs = Inputs(adapter.signature())
+        self.seeds = Seeds(options.seed, adapter.streams(), adapter.draws, options.key_impl)
+        self.weights: Weights | None = None
+        self.specs: dict[str, PyTree] | None = None
+        self.program: Program | None = None
+        self.reports = Reports(layer, lambda: reported_metrics(self))
+        self.has_values = False
+        self.is_from_file = False
+        self.lock = threading.RLock()
+        self._layer = layer
+        self._pending: dict[str, PyTree] | None = None
+
+    def attach(self, params: PyTree, state: PyTree) -> None:
+        """Make what a layer has before it is built: its generators, and variables of values that exist.
+
+        Args:
+            params: The parameters that the user passes, or None.
+            state: Likewise, the state.
+        """
+        layer = self._layer
+        self.seeds.create(layer)
+        layer.seed_generator = self.seeds.generators.get("seed")
+        layer.stream_generators = [g for name, g in self.seeds.generators.items() if name != "seed"]
+        self.has_values = params is not None or state is not None
+        values = (params, state) if self.has_values else self.adapter.initial()
+        if values is not None:
+            self.create_weights(*values)
+
+    # Building.
+
+    def create_weights(self, params: PyTree, state: PyTree) -> None:
+        """Make the variables, with copies of these values."""
+        layer = self._layer
+        mixed = layer.autocast and layer.compute_dtype != layer.variable_dtype
+        compute = layer.compute_dtype if mixed else None
+        dtypes = Dtypes(layer.variable_dtype, compute, self.options.keep_dtypes)
+        weights = Weights(layer, (params, state), self.adapter.join, self.rules, dtypes)
+        layer.tracked_params = weights.params.variables
+        layer.tracked_state = weights.state.variables
+        self.weights = weights
+        generators = tuple(self.seeds.generators.values())
+        self.program = Program(
+            self.adapter, self.inputs, weights, generators, self.draw_keys, self.options.platforms
+        )
+
+    def build(self, input_shape: Any) -> None:
+        """Make the variables, unless their values were given."""
+        with self.lock:
+            specs = self._pending or self.specs
+            if specs is None:
+                specs = self.inputs.from_shapes(input_shape, self._layer.variable_dtype)
+            if self.weights is None:
+                self._init_weights(specs)
+            self.specs = specs
+
+    def _init_weights(self, specs: dict[str, PyTree]) -> None:
+        if self.is_from_file:
+            self._check_sizes(specs)
+        with jax.ensure_compile_time_eval():
+            params, state = self.init(placeholders(specs))
+        traced = [
+            path_str(path)
+            for path, leaf in jax.tree_util.tree_leaves_with_path((params, state))
+            if isinstance(leaf, Tracer)
+        ]
+        if traced:
+            raise ValueError(
+                "the layer is being built inside a JAX trace, and `init_fn` makes values that exist only in that trace "
+                f"({', '.join(traced)}). Build it before: `layer.build(input_shape)`, or call it once outside of "
+                "`jax.jit`."
+            )
+        with jax.ensure_compile_time_eval():
+            self.create_weights(params, state)
+
+    @contextlib.contextmanager
+    def first_call(self, specs: dict[str, PyTree]) -> Iterator[None]:
+        """Build in this scope for arguments with dtypes, which Keras does not pass to `build`.
+
+        A call that fails leaves the layer as it was, without variables.
+        """
+        with self.lock:
+            had_weights = self.weights is not None
+            self._pending = None if self._layer.built else self._seen_by_init(specs)
+            try:
+                yield
+            except BaseException:
+                if self.weights is not None and not had_weights:
+                    self._unbuild(self.weights)
+                raise
+            finally:
+                self._pending = None
+
+    def _unbuild(self, weights: Weights) -> None:
+        layer = self._layer
+        for variable in weights.variables:
+            layer._untrack_variable(variable)
+        layer._tracker.unlock()
+        layer.tracked_params, layer.tracked_state = [], []
+        self.weights = self.program = self.specs = None
+        layer.built = False
+
+    def init(self, arguments: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        """Call the adapter's `init`, always with the same keys."""
+        self.seeds.restart()
+        keys = self.seeds.to_keys(self._layer._get_init_rng())
+        made = self.adapter.init(keys, self.inputs.for_adapter(arguments))
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise TypeError(
+                f"`{type(self.adapter).__name__}.init` must return `(params, state)`; it returned a "
+                f"{type(made).__name__}."
+            )
+        return made
+
+    def _check_sizes(self, specs: dict[str, PyTree]) -> None:
+        """Raise ValueError if inputs or weights do not fit into memory: their shapes come from a file."""
+        known, structure = partition_specs(specs)
+        inputs = [jax.ShapeDtypeStruct(spec.fill(1), spec.dtype) for spec in known]
+
+        def arrays_of(inputs: list[Any]) -> list[Any]:
+            return partition(self.init(structure.unflatten(inputs)), is_array)[0]
+
+        arrays = (*inputs, *jax.eval_shape(arrays_of, inputs))
+        check_size(sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays))
+
+    def _seen_by_init(self, specs: PyTree) -> PyTree:
+        """Set the precision of the variables for floats, which Keras casts for each call."""
+        layer = self._layer
+
+        def cast(leaf: Any) -> Any:
+            is_float = isinstance(leaf, Spec) and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return Spec(leaf.shape, layer.variable_dtype) if is_float and layer.autocast else leaf
+
+        return jax.tree_util.tree_map(cast, specs)
+
+    def read_specs(self, arguments: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Describe arguments by their shapes and dtypes."""
+        return self.inputs.specs(arguments, _read_spec)
+
+    def built_weights(self) -> Weights:
+        """Return the variables, or raises ValueError before building."""
+        if self.weights is None:
+            raise ValueError(
+                "the layer has no weights yet. Call it, or build it: `layer.build(input_shape)`."
+            )
+        return self.weights
+
+    def built_program(self) -> Program:
+        """Return the calls, or raises ValueError before building."""
+        self.built_weights()
+        assert self.program is not None
+        return self.program
+
+    def complete(self) -> None:
+        """Make the variables of reported metrics, if the layer is built."""
+        if self._layer.built:
+            self.reports.means()
+
+    def save(self, store: Any) -> None:
+        """Write weights and seeds to what Keras gives to `save_own_variables`."""
+        weights = {} if self.weights is None else self.weights.by_path()
+        save(store, weights, self.seeds.states())
+
+    def load(self, store: Any) -> None:
+        """Read weights and seeds from what Keras gives to `load_own_variables`."""
+        if self.weights is not None or store.keys():
+            weights = self.built_weights()
+            load(store, weights.by_path(), weights.in_order(), self.seeds.states())
+
+    def checkpoint_tree(self) -> PyTree:
+        """Return the pytree that a checkpoint of the library holds, with a `LeafPath` for each weight."""
+        weights = self.built_weights()
+        return self.adapter.checkpoint_tree(weights.params.paths(), weights.state.paths())
+
+    def build_config(self) -> dict[str, Any] | None:
+        """Return what the layer was built for as JSON, or None if it cannot be represented."""
+        return None if self.specs is None else self.inputs.to_config(self.specs)
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Build the layer from the result of `build_config`."""
+        self.specs = self.inputs.from_config(config, self._layer.variable_dtype)
+        self._layer.build(config.get("input_shape"))
+
+    # Without data.
+
+    def output_shape(self, input_shape: Any) -> Any:
+        """Return the shapes of the outputs, for a nest of shapes of the first argument."""
+        specs = self.inputs.from_shapes(input_shape, self._layer.variable_dtype)
+        outputs = self.trace(specs, False)["outputs"]
+        return jax.tree_util.tree_map(lambda spec: spec.shape, outputs)
+
+    def draw_keys(self, training: bool) -> PyTree:
+        """Make the keys of a call. Inside `drawing`, generators draw from the states that the call was passed."""
+        if not self.seeds.generators:
+            return None
+        return self.seeds.to_keys(self._layer._get_call_rng(training))
+
+    def trace(self, specs: dict[str, PyTree], training: bool) -> dict[str, PyTree]:
+        """Trace the model without data: see `abstract_result`."""
+        with self.lock:  # draws initial seeds
+            return abstract_result(self, specs, training)
+
+
+def _read_spec(tensor: Any) -> tuple[Any, str]:
+    if isinstance(tensor, keras.KerasTensor):
+        return tensor.shape, tensor.dtype
+    return get_bridge().spec(tensor)

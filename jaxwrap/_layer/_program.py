@@ -1,0 +1,287 @@
+"""One call of a layer as a flat function, which a bridge takes to its backend.
+
+layer(x, training=True)                              tensors
+│  kind of the call ─▶ Plan: where the tensors are, and the structure of all else
+▼
+[params..., state..., seeds..., inputs...]           the one order: `_Order`
+│  bridge
+▼
+flat(*arrays):  seeds ─▶ keys;  decode params and state;  rebuild the inputs
+adapter.call(...) ─▶ CallResult;  encode the state that has changed
+▼
+outputs = leaves of Flowing(outputs, loss)           gradients flow
+aux     = leaves of Kept(state, metrics)             no gradient flows
+static  = Outcome: both structures, and the draws    known once it has been traced
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import keras
+from jax.extend.core import jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+from jaxwrap._bridge import BridgedFunction, get_bridge
+from jaxwrap._layer._adapter import Adapter, CallResult
+from jaxwrap._layer._fast import Route
+from jaxwrap._layer._inputs import Inputs
+from jaxwrap._layer._seeds import Generator, drawing
+from jaxwrap._pytree import Structure, is_array, partition, static_key
+from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static, Tensor
+from jaxwrap._weights import Weights
+from jaxwrap._weights._variables import current_values
+
+_STATE_DIFFERS = (
+    "the new state that the model returned differs from the old one. No state has been changed. Return a state with "
+    "the same paths and shapes."
+)
+# A layer that is called with ever new static values must not keep all that was compiled for them.
+_MAX_PLANS = 512
+
+
+class Flowing(NamedTuple):
+    """The results through which gradients flow."""
+
+    outputs: PyTree
+    loss: Array | None
+
+
+class Kept(NamedTuple):
+    """The results that the layer assigns: new values of state variables by index, and metrics by name."""
+
+    state: dict[int, Array]
+    metrics: dict[str, Array]
+
+
+class Outcome(NamedTuple):
+    """What a call returns besides arrays.
+
+    Attributes:
+        flowing: The structure of `Flowing`.
+        kept: The structure of `Kept`.
+        draws: The number of draws from each generator.
+    """
+
+    flowing: Structure
+    kept: Structure
+    draws: tuple[int, ...]
+
+
+class Result(NamedTuple):
+    """The results of a call, in tensors."""
+
+    outputs: PyTree
+    loss: Tensor | None
+    state: dict[int, Tensor]
+    metrics: dict[str, Tensor]
+    draws: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Plan:
+    """What is known of one kind of call.
+
+    Attributes:
+        structure: The structure of the arguments by name.
+        places: Where the tensors of that structure are among the leaves of the call.
+        training: The train flag that the caller passes, if any.
+        functions: The bridged functions, by train flag and by which parameters are trained. Plans of one structure
+            share them.
+        route: The short way for calls of this kind, once there is one.
+    """
+
+    structure: Structure
+    places: Sequence[int]
+    training: bool | None
+    functions: dict[tuple[bool, tuple[bool, ...]], BridgedFunction]
+    route: Route | None = None
+
+
+class _Order:
+    """The order of the tensors of a call: parameters, state, seeds, inputs."""
+
+    def __init__(self, weights: Weights, generators: Sequence[Generator]):
+        self._params = list(weights.params.variables)
+        self._held: list[keras.Variable] = [
+            *weights.variables,
+            *(generator.state for generator in generators),
+        ]
+        seeds = len(self._held) - len(generators)
+        self._ends = (len(self._params), seeds, len(self._held))
+
+    def trained(self) -> tuple[bool, ...]:
+        """Which parameters are trained now."""
+        return tuple([variable.trainable for variable in self._params])
+
+    def values(self) -> list[Tensor]:
+        """The values of all variables now."""
+        return current_values(self._held)
+
+    def roles(self, trained: Sequence[bool], inputs: int) -> tuple[Role, ...]:
+        """The role of each tensor."""
+        params, _, held = self._ends
+        return (
+            *(Role.PARAMETER if is_trained else Role.FROZEN for is_trained in trained),
+            *(Role.STATE for _ in range(held - params)),
+            *(Role.INPUT for _ in range(inputs)),
+        )
+
+    def split(self, arrays: Sequence[Array]) -> tuple[Sequence[Array], ...]:
+        """Split them into parameters, state, seeds and inputs."""
+        one, two, three = self._ends
+        return arrays[:one], arrays[one:two], arrays[two:three], arrays[three:]
+
+
+class Program:
+    """The calls of a built layer: a plan for each kind of call."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        inputs: Inputs,
+        weights: Weights,
+        generators: Sequence[Generator],
+        draw_keys: Callable[[bool], PyTree],
+        platforms: tuple[str, ...] | None,
+    ):
+        """Take what the flat functions are made of.
+
+        Args:
+            adapter: The model.
+            inputs: What it is called with.
+            weights: The variables.
+            generators: What `draw_keys` draws from.
+            draw_keys: Makes the keys of a call, for its train flag.
+            platforms: See `Bridge.wrap`.
+        """
+        self.plans: dict[Any, Plan] = {}
+        self._adapter = adapter
+        self._inputs = inputs
+        self._weights = weights
+        self._generators = generators
+        self._draw_keys = draw_keys
+        self._platforms = platforms
+        self._order = _Order(weights, generators)
+
+    def add(
+        self, kind: Any, structure: Structure, places: Sequence[int], training: bool | None
+    ) -> Plan:
+        """Make the plan for a kind of call."""
+        alike = (plan.functions for plan in self.plans.values() if plan.structure == structure)
+        plan = Plan(structure, places, training, next(alike, {}))
+        if len(self.plans) >= _MAX_PLANS:
+            self.plans.pop(next(iter(self.plans)))
+        self.plans[kind] = plan
+        return plan
+
+    def run(self, plan: Plan, leaves: Sequence[Any], training: bool) -> Result:
+        """Call the model on the leaves of a call of the plan's kind."""
+        fed = [leaves[place] for place in plan.places]
+        key = (training, self._order.trained())
+        function = plan.functions.get(key)
+        if function is None:
+            function = plan.functions[key] = self._bridge(plan.structure, *key)
+        flowing, kept, static = function(*self._order.values(), *fed)
+        outcome: Outcome = static.value
+        outputs, loss = outcome.flowing.unflatten(flowing)
+        state, metrics = outcome.kept.unflatten(kept)
+        return Result(outputs, loss, state, metrics, outcome.draws)
+
+    def _bridge(
+        self, arguments: Structure, training: bool, trained: tuple[bool, ...]
+    ) -> BridgedFunction:
+        roles = self._order.roles(trained, arguments.array_count())
+        flat = self._flat_function(arguments, training)
+        return get_bridge().wrap(flat, roles, self._platforms)
+
+    def _flat_function(self, arguments: Structure, training: bool) -> FlatFunction:
+        def flat(*arrays: Array) -> FlatResult:
+            params, state, seeds, fed = self._order.split(arrays)
+            with drawing(self._generators, seeds) as draws:
+                keys = self._draw_keys(training)
+
+            def call(keys: PyTree, rest: PyTree) -> tuple[Flowing, Kept]:
+                params, state, fed = rest
+                return self._call(params, state, keys, arguments.unflatten(fed), training)
+
+            rest = (params, state, fed)
+            # In a symbolic scope Keras asks for shapes only, and to look for draws takes longer.
+            if training or not jax.tree_util.tree_leaves(keys) or in_symbolic_scope():
+                results, drew = call(keys, rest), True
+            else:
+                results, drew = call_and_look(call, keys, rest)
+            (flowing, structure), (kept, kept_structure) = (
+                partition(part, is_array) for part in results
+            )
+            counts = draws.counts() if drew else (0,) * len(seeds)
+            static = Static(Outcome(structure, kept_structure, counts))
+            return FlatResult(tuple(flowing), tuple(kept), static)
+
+        return flat
+
+    def _call(
+        self,
+        params: Sequence[Array],
+        state: Sequence[Array],
+        keys: PyTree,
+        arguments: dict[str, PyTree],
+        training: bool,
+    ) -> tuple[Flowing, Kept]:
+        old = self._weights.state.decode(state)
+        result = call_adapter(
+            self._adapter,
+            self._weights.params.decode(params),
+            old,
+            keys,
+            self._inputs.for_adapter(arguments),
+            training,
+        )
+        changed = self._weights.state.encode(result.state, _STATE_DIFFERS, old)
+        return Flowing(result.outputs, result.losses), Kept(changed, dict(result.metrics))
+
+
+def call_adapter(adapter: Adapter, *arguments: Any) -> CallResult:
+    """Call the model, and checks its result.
+
+    Raises:
+        TypeError: If it is not a `CallResult` of arrays.
+    """
+    result = adapter.call(*arguments)
+    if not isinstance(result, CallResult):
+        raise TypeError(
+            f"`{type(adapter).__name__}.call` must return a `jaxwrap.CallResult`; it returned a "
+            f"{type(result).__name__}."
+        )
+    return result.finished()
+
+
+def kind_of(treedef: Any, leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what is the same for calls that have one plan: structure, types, dtypes and ranks, and static values."""
+    return (treedef, *map(_leaf_kind, leaves))
+
+
+def _leaf_kind(leaf: Any) -> Any:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return static_key(leaf)
+    return type(leaf), dtype, getattr(leaf, "ndim", None)
+
+
+def call_and_look(
+    fn: Callable[[PyTree, PyTree], PyTree], keys: PyTree, rest: PyTree
+) -> tuple[PyTree, bool]:
+    """Call a function of arrays, and looks in its jaxpr for a way from the keys to the result.
+
+    Returns:
+        The result of `fn(keys, rest)`, and whether it depends on any array in `keys`.
+    """
+    count = len(jax.tree_util.tree_leaves(keys))
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(keys, rest)
+    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    flat = jaxpr_as_fun(closed)(*jax.tree_util.tree_leaves((keys, rest)))
+    return jax.tree_util.tree_structure(shapes).unflatten(flat), any(used[:count])

@@ -1,0 +1,179 @@
+"""Keras seeds → JAX keys."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from jaxwrap._bridge import get_bridge
+from jaxwrap._typing import Array, PyTree, Tensor
+
+# Initial values are drawn from counters that calls do not reach.
+_INIT_COUNTER = 1 << 31
+
+
+def to_key(seed: Tensor, impl: str | None = None) -> Array:
+    """Turn a Keras seed into a JAX key.
+
+    Keras keeps `[seed, counter]`, in a dtype that depends on the backend. As two 32-bit words it is the data of a
+    threefry key, new for each count, so that the same seed gives the same numbers on every backend. Implementations
+    with longer keys repeat the two words, as JAX does for `rbg`.
+
+    Args:
+        seed: An integer array of shape (2,).
+        impl: The implementation, such as "threefry2x32" or "rbg".
+
+    Returns:
+        A typed key of that implementation; for None, a raw key of JAX's default one, as `jax.random.PRNGKey` makes it.
+    """
+    words = jnp.asarray(seed).astype(jnp.uint32)
+    (size,) = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
+    data = jnp.tile(words, -(-size // 2))[:size]
+    return data if impl is None else jax.random.wrap_key_data(data, impl=impl)
+
+
+def check_impl(impl: str | None) -> None:
+    """Raise ValueError for the name of a key implementation that JAX does not have."""
+    try:
+        jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`key_impl` must be one of JAX's key implementations, such as 'threefry2x32' or 'rbg', or None; received "
+            f"{impl!r}."
+        ) from error
+
+
+def init_seed(seed: int, count: int) -> np.ndarray:
+    """Return the seed, of shape (2,), of the `count`-th draw of initial values."""
+    return np.array([seed % (1 << 32), _INIT_COUNTER + count], "uint32")
+
+
+class Seeds:
+    """The seeds of a layer: those of its initial values, and a generator for each stream of its calls.
+
+    Attributes:
+        streams: The names of the streams, with seeds of their own; None for one stream without a name.
+        generators: The generators, by the names under which files hold their states.
+    """
+
+    def __init__(
+        self,
+        seed: int | None,
+        streams: Mapping[str, int | None] | None,
+        draws: str,
+        impl: str | None,
+    ):
+        self.base = random.randint(1, 10**9) if seed is None else seed
+        self.streams = streams
+        self.generators: dict[str, Generator] = {}
+        self._draws = draws
+        self._impl = impl
+        self._init_draws = 0
+
+    def create(self, owner: Any) -> None:
+        """Make the generators, with the owner's name in their paths. The owner must still track them."""
+        if self._draws == "never":
+            return
+        own = {name: seed for name, seed in (self.streams or {}).items() if seed is not None}
+        seeds = {"seed": self.base, **{f"rngs_{name}": seed for name, seed in own.items()}}
+        with keras.name_scope(owner.name, caller=owner):
+            self.generators = {
+                name: Generator(seed, name="seed_generator" if name == "seed" else name)
+                for name, seed in seeds.items()
+            }
+
+    def states(self) -> dict[str, keras.Variable]:
+        """Return the variable of each generator."""
+        return {name: generator.state for name, generator in self.generators.items()}
+
+    def restart(self) -> None:
+        """Begin the draws of initial values. All traces of `init` draw the same ones."""
+        self._init_draws = 0
+
+    def next_init(self) -> np.ndarray:
+        """Return a new seed for initial values."""
+        self._init_draws += 1
+        return init_seed(self.base, self._init_draws - 1)
+
+    def next_call(self) -> Any:
+        """Return a new seed for a call."""
+        return self.generators["seed"].next()
+
+    def for_init(self, next_seed: Callable[[], Any]) -> PyTree:
+        """Return a seed, or one for each stream and for "params"."""
+        if self.streams is None:
+            return next_seed()
+        return {name: next_seed() for name in dict.fromkeys(["params", *self.streams])}
+
+    def for_call(self, training: bool, next_seed: Callable[[], Any]) -> PyTree:
+        """Return a seed, or one for each stream; None for a call that does not draw."""
+        if self._draws == "in training" and not training:
+            return None
+        if self.streams is None:
+            return next_seed()
+        return {
+            name: next_seed() if seed is None else self.generators[f"rngs_{name}"].next()
+            for name, seed in self.streams.items()
+        }
+
+    def to_keys(self, seeds: PyTree) -> PyTree:
+        """Make a key of each seed in a pytree."""
+        return jax.tree_util.tree_map(lambda seed: to_key(seed, self._impl), seeds)
+
+
+class Generator(keras.random.SeedGenerator):
+    """A Keras seed generator that can be drawn from while JAX traces: see `drawing`."""
+
+    def __init__(self, seed: int, name: str):
+        super().__init__(seed, name=name)
+        self._steps: dict[int, Tensor] = {}
+
+    def next(self, ordered: bool = True) -> Tensor:
+        """A new seed, of shape (2,)."""
+        draws = getattr(_drawing, "draws", {})
+        if self not in draws:
+            return super().next(ordered)
+        state, count = draws[self]
+        draws[self] = state, count + 1
+        return state + jnp.array([0, count], state.dtype)
+
+    def after(self, count: int) -> Tensor:
+        """Return the state after that many draws."""
+        state = self.state.value
+        step = self._steps.get(count)
+        if step is None or step.device != getattr(state, "device", None):
+            step = keras.ops.convert_to_tensor(np.array([0, count]), self.state.dtype)
+            if get_bridge().is_concrete(step):
+                self._steps[count] = step
+        return state + step
+
+
+_drawing = threading.local()
+
+
+class Draws(dict[Generator, tuple[Array, int]]):
+    """The state from which each generator draws, and the number of its draws."""
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the number of draws of each generator."""
+        return tuple(count for _, count in self.values())
+
+
+@contextlib.contextmanager
+def drawing(generators: Sequence[Generator], states: Sequence[Array]) -> Iterator[Draws]:
+    """In this scope generators draw from these states, JAX arrays, and change only the counts that it yields."""
+    before = getattr(_drawing, "draws", {})
+    draws = Draws((g, (state, 0)) for g, state in zip(generators, states, strict=True))
+    _drawing.draws = draws
+    try:
+        yield draws
+    finally:
+        _drawing.draws = before

@@ -1,0 +1,74 @@
+"""Building an optimizer, once or again with other variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from jaxwrap._bridge import get_bridge
+from jaxwrap._training._rate import value_of
+from jaxwrap._training._update import Step
+from jaxwrap._weights._variables import assign, to_host
+
+
+def make_step(optimizer: Any, variables: Sequence[keras.Variable]) -> Step:
+    """Make the update of some variables, with its state.
+
+    Raises:
+        ValueError: If the transformation needs what a Keras optimizer cannot pass; inside a JAX trace; or under a
+            `tf.distribute` strategy of several replicas.
+    """
+    if (count := get_bridge().replicas()) > 1:
+        raise ValueError(
+            f"a `tf.distribute` strategy with {count} replicas is not supported, as their gradients would not be "
+            "summed. Train on one device, or use an optimizer of Keras."
+        )
+    recipe = optimizer._own.recipe
+    # Keras itself assigns the gradients of some variables, which are then not the transformation's.
+    trained = [v for v in variables if not optimizer._overwrite_variable_with_gradient(v)]
+    # Keras may build an optimizer while it traces the first training step.
+    with get_bridge().lifted():
+        try:
+            rate = optimizer._get_current_learning_rate() if recipe.takes_rate else None
+            rate = None if rate is None else keras.ops.convert_to_numpy(value_of(rate))
+            step = Step(optimizer, trained, recipe, rate)
+        except jax.errors.TracerArrayConversionError as error:
+            raise ValueError(
+                "the optimizer cannot be built while JAX compiles a function, since the state begins with the values "
+                "of the variables. Call `optimizer.build(model.trainable_variables)` before."
+            ) from error
+    if optimizer.weight_decay is not None and optimizer._rate_in(step.state.tree) is None:
+        raise optimizer._unknown_rate("cannot decay weights, which takes the learning rate")
+    return step
+
+
+def untrack(optimizer: Any) -> dict[str, np.ndarray]:
+    """Forget the variables of an optimizer that is to be built again. Return their values by path."""
+    values = {variable.path: to_host(variable) for variable in optimizer.variables}
+    for variable in optimizer.variables:
+        if variable is not optimizer._iterations and variable is not optimizer._learning_rate:
+            optimizer._untrack_variable(variable)
+    optimizer._trainable_variables_indices.clear()
+    return values
+
+
+def restore(
+    optimizer: Any, values: Mapping[str, np.ndarray], variables: Sequence[keras.Variable]
+) -> None:
+    """Assign the values from before to the variables that stay."""
+    if not values:
+        return
+    for variable in optimizer.variables:
+        value = values.get(variable.path)
+        if value is not None and value.shape == tuple(variable.shape):
+            assign(variable, value)
+    if optimizer.use_ema:
+        # The average of a new variable begins with its value.
+        averages = optimizer._model_variables_moving_average
+        for variable, average in zip(variables, averages, strict=True):
+            if average is not None and average.path not in values:
+                average.assign(variable.value)

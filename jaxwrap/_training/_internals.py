@@ -1,0 +1,45 @@
+"""What an optimizer keeps to itself, in a plain object that Keras and TensorFlow do not look into."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jaxwrap._training._transformation import Recipe
+
+
+@dataclasses.dataclass
+class Internals:
+    """The parts of an `OptaxOptimizer`.
+
+    Attributes:
+        recipe: How to get the transformation.
+        step: The compiled update, or None before building.
+        places: The places of the variables in the update, by Keras's keys.
+        extra: Extra arguments of the transformation, while gradients are applied.
+        loss: The loss of this step, if the transformation needs it.
+        is_applying: Whether gradients are being applied, when Keras may ask for a learning rate that does not exist.
+    """
+
+    recipe: Recipe
+    step: Any = None
+    places: dict[Any, int] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loss: Any = None
+    is_applying: bool = False
+
+    @contextlib.contextmanager
+    def arguments(self, extra: dict[str, Any]) -> Iterator[None]:
+        """Keep extra arguments for one step, and forget them and the loss after it."""
+        if extra:
+            self.extra = extra
+        try:
+            yield
+        finally:
+            self.extra, self.loss = {}, None
+
+    def keep_loss(self, loss: Any) -> None:
+        """Keep the loss for this step."""
+        self.loss = loss

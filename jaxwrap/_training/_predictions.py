@@ -1,0 +1,82 @@
+"""Functions of labels and predictions, called on tensors in Keras's order."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jaxwrap._function import PytreeFunction
+from jaxwrap._typing import PyTree, Tensor
+
+# The names in the functions of Optax and others.
+_LABELS = frozenset(["y_true", "label", "labels", "target", "targets", "log_targets"])
+_PREDICTIONS = frozenset(
+    [
+        "y_pred",
+        "prediction",
+        "predictions",
+        "logits",
+        "log_predictions",
+        "predictor_outputs",
+        "scores",
+    ]
+)
+
+
+class PairFunction:
+    """A JAX function of labels and predictions, as a function of tensors in Keras's order.
+
+    The names of the first two arguments say which is which, as those of `optax.losses` do. If they do not, labels come
+    first, as in Keras.
+
+    Args:
+        fn: The function.
+
+    Raises:
+        TypeError: If it is not a function of two arguments.
+    """
+
+    def __init__(self, fn: Callable[..., PyTree]):
+        swapped = predictions_first(fn)
+
+        def call(given: PyTree, _: PyTree, __: PyTree) -> tuple[PyTree, PyTree]:
+            y_true, y_pred = given
+            return (fn(y_pred, y_true) if swapped else fn(y_true, y_pred)), ()
+
+        self._call = PytreeFunction(call)
+
+    def __call__(self, y_true: PyTree, y_pred: PyTree) -> Tensor:
+        """What the function returns, as tensors, differentiable in both arguments."""
+        return self._call((y_true, y_pred), (), ())[0]
+
+
+def predictions_first(fn: Any, before: tuple[str, ...] = ()) -> bool:
+    """Whether a function takes predictions before labels, by the names of its arguments.
+
+    Args:
+        fn: The function.
+        before: The arguments that come before these two.
+
+    Raises:
+        TypeError: If it is not a function of these arguments, or names both alike.
+    """
+    expected = ", ".join([*before, "y_true", "y_pred"])
+    advice = f"Pass a function `fn({expected})`; fix other arguments with `functools.partial`."
+    if isinstance(fn, type) or not callable(fn):
+        raise TypeError(f"expected a function, received {fn!r}. {advice}")
+    try:
+        signature = inspect.signature(fn)
+        signature.bind(*before, None, None)
+    except TypeError as error:
+        raise TypeError(f"{fn!r} cannot be called so: {error}. {advice}") from None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, p in signature.parameters.items() if p.kind in positional]
+    first, second = (*names[len(before) :], "", "")[:2]
+    for known in (_LABELS, _PREDICTIONS):
+        if first in known and second in known:
+            raise TypeError(
+                f"the arguments of {fn!r} are called {first!r} and {second!r}, which does not say which ones are the "
+                f"labels. {advice}"
+            )
+    return first in _PREDICTIONS or second in _LABELS

@@ -1,0 +1,85 @@
+"""What files hold of an optimizer: its config, and its variables by path."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from jaxwrap._errors import describe, naming
+from jaxwrap._serialization import deserialize, serialize
+from jaxwrap._training._rate import EXAMPLE
+from jaxwrap._weights._files import load, save, stored_paths
+from jaxwrap._weights._names import unique_names
+
+_KERAS_ARGUMENTS = (
+    "name",
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+
+
+def get_config(optimizer: Any) -> dict[str, Any]:
+    """Return the arguments of the constructor as JSON.
+
+    Raises:
+        TypeError: If the transformation cannot be saved.
+    """
+    recipe = optimizer._own.recipe
+    if recipe.is_ready:
+        raise TypeError(
+            "cannot be saved: a transformation consists of functions, and nothing says how it was made. Pass the "
+            f"function that makes it: {EXAMPLE}, or one of your own that is registered: "
+            '`@jaxwrap.register_serializable("my_package")`. `model.save_weights` works without.'
+        )
+    return {
+        "transformation": serialize(recipe.source, "transformation"),
+        "learning_rate": optimizer._rate_config(),
+        **{name: getattr(optimizer, name) for name in _KERAS_ARGUMENTS},
+    }
+
+
+def read_config(cls: Any, config: Mapping[str, Any], custom_objects: Any) -> dict[str, Any]:
+    """Return the arguments of the constructor from a config."""
+    config = dict(config)
+    with naming(f"{cls.__name__} {config.get('name')!r}"):
+        source = deserialize(config.pop("transformation", None), "transformation")
+        rate = cls._rate_from_config(config.pop("learning_rate", None), custom_objects)
+    return {"transformation": source, "learning_rate": rate, **config}
+
+
+def save_variables(optimizer: Any, store: Any) -> None:
+    """Write the variables under their paths."""
+    save(store, _by_path(optimizer), {})
+
+
+def load_variables(optimizer: Any, store: Any) -> None:
+    """Read the variables by path; or in order, if the layers have other names."""
+    own = _by_path(optimizer)
+    saved = stored_paths(store)
+    if len(saved) != len(own):
+        built = "" if optimizer.built else " It is not built yet: `optimizer.build(variables)`."
+        warnings.warn(
+            f"{describe(optimizer)} has {len(own)} variables, and the file {len(saved)} for it. Nothing is loaded, and "
+            f"the optimizer starts from the beginning.{built}",
+            stacklevel=3,
+        )
+        return
+    if set(saved) != set(own):
+        own = dict(zip(saved, own.values(), strict=True))
+    load(store, own, list(own), {})
+
+
+def _by_path(optimizer: Any) -> dict[str, keras.Variable]:
+    prefix = f"{optimizer.name}/"
+    paths = [tuple(v.path.removeprefix(prefix).split("/")) for v in optimizer.variables]
+    return dict(zip(map("/".join, unique_names(paths)), optimizer.variables, strict=True))

@@ -1,0 +1,137 @@
+"""Ordered leaves ⇄ the pytree that they make."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from jaxwrap._pytree import Structure, describe_difference, is_leaf_array, partition
+from jaxwrap._typing import Array, PyTree
+from jaxwrap._weights._leaf import Leaf, LeafPath
+from jaxwrap._weights._variables import create_variables
+
+
+class Leaves:
+    """The leaves of one pytree, and their variables in the order in which they are passed on.
+
+    Attributes:
+        structure: The structure of the user's pytree.
+        leaves: The leaves, in leaf order.
+        variables: The variables of all leaves.
+        tree: The user's pytree, with the variable of a leaf in its place.
+    """
+
+    def __init__(self, structure: Structure, leaves: Sequence[Leaf], order: Iterable[int] = ()):
+        """Take leaves whose variables exist.
+
+        Args:
+            structure: The structure of the pytree.
+            leaves: The leaves.
+            order: The places of the leaves in the order of the variables. By default leaf order.
+        """
+        self.structure = structure
+        self.leaves = tuple(leaves)
+        self._order = tuple(order) or tuple(range(len(self.leaves)))
+        counts = [len(self.leaves[place].variables) for place in self._order]
+        ends = list(itertools.accumulate(counts, initial=0))
+        self._slices = {
+            place: slice(start, end)
+            for place, (start, end) in zip(self._order, itertools.pairwise(ends), strict=True)
+        }
+        self.variables: list[keras.Variable] = [
+            variable for place in self._order for variable in self.leaves[place].variables
+        ]
+        self.tree = structure.unflatten(leaf.variables[0] for leaf in self.leaves)
+
+    @classmethod
+    def create(
+        cls,
+        owner: Any,
+        structure: Structure,
+        leaves: Sequence[Leaf],
+        values: Sequence[Any],
+        order: Iterable[int] = (),
+    ) -> Leaves:
+        """Make the variables, with copies of `values`. The owner must still track them."""
+        places = tuple(order) or tuple(range(len(leaves)))
+        initials = [leaves[place].initials(values[place]) for place in places]
+        made = iter(create_variables(owner, [initial for part in initials for initial in part]))
+        for place, part in zip(places, initials, strict=True):
+            leaves[place].variables = tuple(itertools.islice(made, len(part)))
+        return cls(structure, leaves, places)
+
+    def decode(self, arrays: Sequence[Array]) -> PyTree:
+        """Return the user's pytree, as JAX functions take it, from the values of the variables."""
+        return self.structure.unflatten(
+            leaf.decode(arrays[self._slices[place]]) for place, leaf in enumerate(self.leaves)
+        )
+
+    def structs(self) -> list[jax.ShapeDtypeStruct]:
+        """Return the shape and dtype of each array that `decode` takes."""
+        return [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.variables]
+
+    def encode(self, tree: PyTree, problem: str, old: PyTree = None) -> dict[int, Array]:
+        """Compute the values of the variables from a new pytree, the inverse of `decode`.
+
+        Args:
+            tree: The new pytree.
+            problem: The first line of an error.
+            old: The result of `decode`. A leaf that is the same object in both has not changed.
+
+        Returns:
+            The new values, by the index of the variable. Without `old`, all of them.
+
+        Raises:
+            ValueError: If structure or shapes differ, with a line for each path where they do.
+        """
+        values, received = partition(tree, is_leaf_array)
+        if difference := describe_difference(self.structure, received):
+            raise ValueError(f"{problem}\n{difference}")
+        before = [None] * len(values) if old is None else partition(old, is_leaf_array)[0]
+        encoded, lines = {}, []
+        for place, (leaf, value) in enumerate(zip(self.leaves, values, strict=True)):
+            if value is before[place]:
+                continue
+            arrays = leaf.encode(value)
+            where = range(*self._slices[place].indices(len(self.variables)))
+            for index, array, variable in zip(where, arrays, leaf.variables, strict=True):
+                encoded[index] = array
+                if array.shape != (shape := tuple(variable.shape)):
+                    lines.append(f"  shape: {leaf.path} was {shape}, is {array.shape}")
+        if lines:
+            raise ValueError("\n".join([problem, *lines]))
+        return encoded
+
+    def read(self) -> PyTree:
+        """Return the user's pytree with NumPy arrays. PRNG keys are JAX arrays."""
+        return self.structure.unflatten(leaf.read() for leaf in self.leaves)
+
+    def paths(self) -> PyTree:
+        """Return the user's pytree with a `LeafPath` for each array or number."""
+        return self.structure.unflatten(LeafPath(leaf.path) for leaf in self.leaves)
+
+    def placeholders(self) -> PyTree:
+        """Return the user's pytree with a `Weight` for each array or number."""
+        return self.structure.unflatten(
+            leaf.placeholder(place) for place, leaf in enumerate(self.leaves)
+        )
+
+    def check(self, tree: PyTree) -> tuple[list[np.ndarray], list[str]]:
+        """Prepare a pytree of values to be assigned.
+
+        Returns:
+            An array for each variable of the leaves, in leaf order, and a line for each reason not to assign them.
+        """
+        values, received = partition(tree, is_leaf_array)
+        if difference := describe_difference(self.structure, received):
+            return [], [difference]
+        checked = [leaf.check(value) for leaf, value in zip(self.leaves, values, strict=True)]
+        return (
+            [array for arrays, _ in checked for array in arrays],
+            [line for _, lines in checked for line in lines],
+        )

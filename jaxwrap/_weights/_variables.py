@@ -1,0 +1,145 @@
+"""Keras variables: made, read and written here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import keras
+import numpy as np
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+from jaxwrap._bridge import get_bridge
+from jaxwrap._typing import Array
+
+
+class Initial(NamedTuple):
+    """The description of a variable to make.
+
+    Attributes:
+        path: The names below its owner.
+        value: The first value, which is copied.
+        dtype: The dtype.
+        trainable: Whether it can be trained.
+    """
+
+    path: tuple[str, ...]
+    value: Any
+    dtype: str
+    trainable: bool
+
+
+def create_variables(owner: Any, initials: Sequence[Initial]) -> list[keras.Variable]:
+    """Create variables that are named by paths below their owner, with copies of values."""
+    copies = get_bridge().copies([array_of(initial.value) for initial in initials])
+    variables = []
+    # `add_weight` would put the name right under the layer; the leaf's path becomes nested scopes instead.
+    with keras.name_scope(owner.name, caller=owner):
+        for scopes, together in itertools.groupby(initials, lambda initial: initial.path[:-1]):
+            with contextlib.ExitStack() as stack:
+                for scope in scopes:
+                    stack.enter_context(keras.name_scope(scope))
+                # One after the other, so that no backend ever holds a second copy of the whole.
+                variables += [_create(initial, next(copies)) for initial in together]
+    return variables
+
+
+def _create(initial: Initial, copy: Any) -> keras.Variable:
+    dtype = initial.dtype
+    variable = keras.Variable(
+        lambda shape, dtype: _to_tensor(copy, dtype),
+        shape=tuple(copy.shape),
+        dtype=dtype,
+        trainable=initial.trainable,
+        autocast=False,  # the function that JAX compiles casts
+        name=initial.path[-1],
+    )
+    # On NumPy Keras initializes all floats as it does by default, and keeps other dtypes for assignment.
+    if dtype == "float64" and keras.backend.standardize_dtype(variable.value.dtype) != dtype:
+        assign(variable, copy)
+    return variable
+
+
+def array_of(value: Any) -> Array | np.ndarray:
+    """Return a leaf as an array of JAX or NumPy. A PRNG key gives its data."""
+    if key_impl(value) is not None:
+        return jax.random.key_data(value)
+    if isinstance(value, jax.Array):
+        return value
+    if not isinstance(value, (np.ndarray, np.generic, bool, int, float, complex)):
+        value = keras.ops.convert_to_numpy(value)
+    return np.asarray(value)
+
+
+def dtype_of(value: Any) -> str:
+    """Return the name of the dtype that JAX has for a leaf of any backend."""
+    if key_impl(value) is not None:
+        return "uint32"
+    if isinstance(value, (bool, int, float, complex)):
+        value = np.asarray(value)
+    return _canonical(value.dtype, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _canonical(dtype: Any, x64: bool) -> str:
+    return str(jax.dtypes.canonicalize_dtype(keras.backend.standardize_dtype(dtype)))
+
+
+def key_impl(value: Any) -> Any:
+    """Return the implementation of a PRNG key, or None for other values."""
+    if not isinstance(value, jax.Array) or isinstance(value.dtype, np.dtype):
+        return None
+    return jax.random.key_impl(value)
+
+
+def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
+    """Return `variable.value` for each, in less time. Our variables are never cast for a call."""
+    if in_stateless_scope():
+        return [variable.value for variable in variables]
+    return [
+        # A variable that TensorFlow makes while it builds a graph may not have a value yet.
+        variable.value if (value := variable._value) is None else value
+        for variable in variables
+    ]
+
+
+def to_host(variable: keras.Variable) -> np.ndarray:
+    """Return the value of a variable as a NumPy array of its own, in the variable's dtype."""
+    value = variable.value
+    if _is_float8(variable.dtype):  # PyTorch cannot convert it
+        value = keras.ops.cast(value, "float32")
+    return np.array(keras.ops.convert_to_numpy(value)).astype(variable.dtype, copy=False)
+
+
+def assign(variable: keras.Variable, value: np.ndarray) -> None:
+    """Assign a NumPy array to a variable."""
+    variable.assign(_to_tensor(value, variable.dtype))
+
+
+def assign_all(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+    """Assign to each variable a tensor of its shape and dtype."""
+    if not variables:
+        return
+    if not in_stateless_scope() and get_bridge().write(current_values(variables), values):
+        return
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _to_tensor(value: Any, dtype: str) -> Any:
+    if isinstance(value, jax.Array) and value.dtype == dtype:
+        return value
+    if not _is_float8(dtype):
+        return keras.ops.convert_to_tensor(value, dtype)
+    # Keras converts no arrays of 8-bit floats, but casts to them; on NumPy it converts the result again.
+    wide = keras.ops.convert_to_tensor(value.astype("float32"))
+    narrow = keras.ops.cast(wide, dtype)
+    return wide if isinstance(narrow, np.ndarray) else narrow
+
+
+def _is_float8(dtype: str) -> bool:
+    return dtype.startswith("float8")

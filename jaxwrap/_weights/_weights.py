@@ -1,0 +1,187 @@
+"""Two pytrees of one owner, `params` and `state`, as Keras variables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import keras
+import numpy as np
+
+from jaxwrap._dtypes import kind
+from jaxwrap._pytree import Structure, is_leaf_array, key_name, partition
+from jaxwrap._typing import PyTree
+from jaxwrap._weights._leaf import Leaf
+from jaxwrap._weights._leaves import Leaves
+from jaxwrap._weights._names import unique_names
+from jaxwrap._weights._patterns import match
+from jaxwrap._weights._rules import Rule, Rules
+from jaxwrap._weights._table import WeightRow, WeightTable
+from jaxwrap._weights._variables import assign
+
+Join = Callable[[PyTree, PyTree], PyTree]
+
+
+class Dtypes(NamedTuple):
+    """The dtypes of float leaves.
+
+    Attributes:
+        variable: The dtype of float variables.
+        compute: The dtype that JAX functions see float parameters in; None for the variable's own.
+        keep: Whether float leaves that are not float32 keep their dtype.
+    """
+
+    variable: str
+    compute: str | None
+    keep: bool
+
+    def apply(self, leaf: Leaf) -> None:
+        """Set `stored` and `cast` of a leaf, under its rule."""
+        if kind(leaf.dtype) == "float":
+            if leaf.dtype == "float32" or not self.keep:
+                leaf.stored = self.variable
+            if leaf.is_params and leaf.rule.autocast is not False:
+                leaf.cast = self.compute
+        if leaf.rule.dtype is not None and leaf.accepts("dtype", leaf.rule.dtype):
+            leaf.stored = leaf.rule.dtype
+
+
+class Weights:
+    """The variables of an owner: two pytrees, in one order, params first.
+
+    Attributes:
+        params: The leaves of the parameters.
+        state: The leaves of the state.
+        leaves: All leaves, in the order of the variables.
+    """
+
+    def __init__(
+        self, owner: Any, trees: tuple[PyTree, PyTree], join: Join, rules: Rules, dtypes: Dtypes
+    ):
+        """Make the variables, once it is sure that all of them can be made.
+
+        Args:
+            owner: Its name begins the paths of the variables, and it must still track them.
+            trees: `params` and `state` with the initial values, which are copied.
+            join: Makes one pytree of both, which gives each leaf its path.
+            rules: What holds for leaves. `freeze` adds to them.
+            dtypes: The dtypes of float leaves.
+
+        Raises:
+            ValueError: If a rule matches no leaf, or none that it can apply to.
+        """
+        parts = [partition(tree, is_leaf_array) for tree in trees]
+        paths = _paths([structure for _, structure in parts], join)
+        values = [value for part, _ in parts for value in part]
+        count = len(parts[0][0])
+        self.leaves = [
+            Leaf.of("/".join(path), value, place < count)
+            for place, (path, value) in enumerate(zip(paths, values, strict=True))
+        ]
+        self._rules = rules
+        resolved = rules.resolve([leaf.path for leaf in self.leaves])
+        check_rules(rules, self.leaves)
+        for leaf, rule in zip(self.leaves, resolved, strict=True):
+            leaf.rule = rule
+            dtypes.apply(leaf)
+        split = self.leaves[:count], self.leaves[count:]
+        self.params, self.state = (
+            Leaves.create(owner, structure, leaves, part)
+            for (part, structure), leaves in zip(parts, split, strict=True)
+        )
+        for leaf in self.leaves:
+            leaf.obey(leaf.rule)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All variables, those of the parameters first."""
+        return [*self.params.variables, *self.state.variables]
+
+    def by_path(self) -> dict[str, keras.Variable]:
+        """Return the variables by their paths below the owner."""
+        return {leaf.path: variable for leaf in self.leaves for variable in leaf.variables}
+
+    # Training.
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Set `trainable` on every leaf that no rule freezes."""
+        for leaf in self.leaves:
+            leaf.set_trainable(trainable)
+
+    def freeze(self, pattern: str, trainable: bool = False) -> None:
+        """Add a rule that sets `trainable` on the parameters that a pattern matches."""
+        rule = Rule(trainable=trainable)
+        check_rules(Rules([(pattern, rule)]), self.leaves)
+        for index in match(pattern, [leaf.path for leaf in self.leaves]):
+            self.leaves[index].obey(rule)
+        self._rules.pairs.append((pattern, rule))
+
+    def table(self, trained: Iterable[keras.Variable]) -> WeightTable:
+        """Return a row for each variable."""
+        ids = set(map(id, trained))
+        return WeightTable(
+            WeightRow(v.path, tuple(v.shape), v.dtype, id(v) in ids, math.prod(v.shape))
+            for v in self.variables
+        )
+
+    # Values.
+
+    def write(self, params: PyTree, state: PyTree) -> None:
+        """Assign values to all variables, or to none.
+
+        Raises:
+            ValueError: If structure, shapes or dtypes differ, with a line for each difference.
+        """
+        checked = [self.params.check(params), self.state.check(state)]
+        if problems := [line for _, lines in checked for line in lines]:
+            raise ValueError(
+                "these variables do not fit the weights. No weight has been changed. Cast or reshape what differs.\n"
+                + "\n".join(problems)
+            )
+        arrays: list[np.ndarray] = [array for part, _ in checked for array in part]
+        for variable, array in zip(self.variables, arrays, strict=True):
+            assign(variable, array)
+
+    def in_order(self) -> list[str]:
+        """Return the paths in the order in which Keras's own layers number weights."""
+        return [
+            leaf.path
+            for trains in (True, False)
+            for leaf in self.leaves
+            if leaf.can_train is trains
+        ]
+
+
+def check_rules(rules: Rules, leaves: Sequence[Leaf]) -> None:
+    """Raise ValueError for a rule that does not match any leaf that it can apply to."""
+    for pattern, rule in rules.pairs:
+        matched = [leaves[index] for index in match(pattern, [leaf.path for leaf in leaves])]
+        for field, value in rule.set_fields().items():
+            if not any(leaf.accepts(field, value) for leaf in matched):
+                raise ValueError(
+                    f"the rule for {pattern!r} sets {field}={value!r}, which applies to none of the leaves that it "
+                    f"matches: {', '.join(f'{leaf.path} ({leaf.dtype})' for leaf in matched[:5])}. "
+                    "`trainable`, `autocast`, `regularizer` and `constraint` are for float leaves of the parameters, "
+                    "`dtype` for leaves of its own kind: a float dtype for float leaves."
+                )
+
+
+class _Place:
+    """Stands for a leaf where only its path is wanted."""
+
+
+def _paths(structures: Sequence[Structure], join: Join) -> list[tuple[str, ...]]:
+    """The names above each leaf in the joined tree, made unique."""
+    places = [[_Place() for _ in structure.array_paths()] for structure in structures]
+    joined = join(*(s.unflatten(part) for s, part in zip(structures, places, strict=True)))
+    found = {
+        id(leaf): tuple(map(key_name, path)) or ("value",)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(joined)
+    }
+    if any(id(place) not in found for part in places for place in part):
+        raise ValueError(
+            "`join` of the adapter drops leaves of the params or of the state. Return a pytree that holds all of them."
+        )
+    return unique_names([found[id(place)] for part in places for place in part])

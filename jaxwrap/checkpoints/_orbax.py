@@ -1,0 +1,87 @@
+"""Orbax: nested dicts, in a directory."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxwrap._pytree import path_str
+from jaxwrap._typing import PyTree
+from jaxwrap.checkpoints._base import Format, OpenFile, nested
+from jaxwrap.checkpoints._plan import Entry
+
+# Restore this much at once. Thousands of small arrays, one by one, would take long.
+_BATCH_BYTES = 2**24
+
+
+class Orbax(Format):
+    """Restores a batch of arrays at a time, with placeholders for all others."""
+
+    library = "orbax"
+    distribution = "orbax-checkpoint"
+
+    @contextlib.contextmanager
+    def open(self, path: pathlib.Path, tree: PyTree) -> Iterator[OpenFile]:
+        """See the base class."""
+        from orbax import checkpoint as ocp
+
+        # Orbax takes only absolute paths. Its standard checkpointer restores all or nothing.
+        path = path.absolute()
+        with (
+            ocp.StandardCheckpointer() as standard,
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        ):
+            metadata = standard.metadata(path).item_metadata.tree
+            entries = {
+                name: Entry(tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
+                for name, leaf in _flat(metadata).items()
+            }
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+
+            def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+                for batch in _batches({name: entries[name] for name in names}, _BATCH_BYTES):
+                    item = jax.tree_util.tree_map_with_path(
+                        lambda where, leaf, batch=batch: (
+                            leaf if path_str(where) in batch else ocp.PLACEHOLDER
+                        ),
+                        metadata,
+                    )
+                    arguments = ocp.args.PyTreeRestore(item=item, restore_args=kinds)
+                    restored = _flat(checkpointer.restore(path, args=arguments))
+                    for name in batch:
+                        yield name, restored.pop(name)
+
+            yield OpenFile(entries, read)
+
+    def write(self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree) -> None:
+        """See the base class."""
+        from orbax.checkpoint import StandardCheckpointer
+
+        with StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), nested(arrays))
+            checkpointer.wait_until_finished()
+
+
+def _batches(entries: Mapping[str, Entry], most: int) -> Iterator[set[str]]:
+    """Split the names into sets of at most `most` bytes. A larger array has a set of its own."""
+    batch: set[str] = set()
+    room = most
+    for name, entry in entries.items():
+        size = int(np.prod(entry.shape, dtype=object)) * jnp.dtype(entry.dtype).itemsize
+        if batch and size > room:
+            yield batch
+            batch, room = set(), most
+        batch.add(name)
+        room -= size
+    if batch:
+        yield batch
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

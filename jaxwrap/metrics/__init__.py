@@ -1,5 +1,0 @@
-"""JAX functions as Keras metrics."""
-
-from jaxwrap.metrics._metric import JaxMetric
-
-__all__ = ["JaxMetric"]

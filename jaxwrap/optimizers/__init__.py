@@ -1,5 +1,0 @@
-"""Optax transformations as Keras optimizers."""
-
-from jaxwrap.optimizers._optax import OptaxOptimizer
-
-__all__ = ["OptaxOptimizer"]
