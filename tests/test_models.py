@@ -89,7 +89,9 @@ class Oracle:
         }
         names = inspect.signature(bound).parameters
         flag = {name: value for name, value in values.items() if name in names}
-        streams = {"dropout": self._key, "params": jax.random.fold_in(self._key, 1)}
+        streams = {}
+        if self._key is not None:
+            streams = {"dropout": self._key, "params": jax.random.fold_in(self._key, 1)}
         outputs, state = module.apply(
             {**params, **self._state},
             inputs,

@@ -17,10 +17,10 @@ from jaxwrap._bridge import get_bridge
 from jaxwrap._layer._adapter import Adapter
 from jaxwrap._layer._inputs import Inputs, placeholders
 from jaxwrap._layer._options import Options
-from jaxwrap._layer._program import Program
+from jaxwrap._layer._program import Draws, Program
 from jaxwrap._layer._reports import Reports
 from jaxwrap._layer._seeds import Seeds
-from jaxwrap._layer._shapes import abstract_result, reported_metrics
+from jaxwrap._layer._shapes import Survey, abstract_result, survey
 from jaxwrap._pytree import is_array, partition, path_str
 from jaxwrap._serialization import check_size
 from jaxwrap._specs import Spec, partition_specs
@@ -56,7 +56,8 @@ class Engine:
         self.weights: Weights | None = None
         self.specs: dict[str, PyTree] | None = None
         self.program: Program | None = None
-        self.reports = Reports(layer, lambda: reported_metrics(self))
+        self.reports = Reports(layer, lambda: self._survey(True).metrics)
+        self._surveys: dict[bool, Survey] = {}
         self.has_values = False
         self.is_from_file = False
         self.lock = threading.RLock()
@@ -72,12 +73,18 @@ class Engine:
         """
         layer = self._layer
         self.seeds.create(layer)
-        layer.seed_generator = self.seeds.generators.get("seed")
-        layer.stream_generators = [g for name, g in self.seeds.generators.items() if name != "seed"]
+        layer.seed_generator, layer.stream_generators = None, []
+        if self.adapter.draws == "in training":
+            self._attach_seeds()
         self.has_values = params is not None or state is not None
         values = (params, state) if self.has_values else self.adapter.initial()
         if values is not None:
             self.create_weights(*values)
+
+    def _attach_seeds(self) -> None:
+        layer = self._layer
+        layer.seed_generator = self.seeds.generators.get("seed")
+        layer.stream_generators = [g for name, g in self.seeds.generators.items() if name != "seed"]
 
     # Building.
 
@@ -91,10 +98,6 @@ class Engine:
         layer.tracked_params = weights.params.variables
         layer.tracked_state = weights.state.variables
         self.weights = weights
-        generators = tuple(self.seeds.generators.values())
-        self.program = Program(
-            self.adapter, self.inputs, weights, generators, self.draw_keys, self.options.platforms
-        )
 
     def build(self, input_shape: Any) -> None:
         """Make the variables, unless their values were given."""
@@ -105,6 +108,44 @@ class Engine:
             if self.weights is None:
                 self._init_weights(specs)
             self.specs = specs
+            if self.program is None:
+                self._make_program(specs)
+
+    def _make_program(self, specs: dict[str, PyTree]) -> None:
+        draws = self._find_draws()
+        if self.adapter.draws == "always":
+            if not any(flag is not False for flag in draws):
+                self.seeds.generators = {}
+            self._attach_seeds()
+        _, structure = partition_specs(specs)
+        self.program = Program(
+            self.adapter,
+            self.inputs,
+            self.built_weights(),
+            tuple(self.seeds.generators.values()),
+            self.draw_keys,
+            draws,
+            structure,
+            self.options.platforms,
+        )
+
+    def _find_draws(self) -> Draws:
+        """Find out in which mode the model draws. If its trace fails, calls look for draws themselves."""
+        if self.adapter.draws != "always":
+            return Draws(None if self.seeds.generators else False, False)
+        found = []
+        for training in (True, False):
+            try:
+                found.append(self._survey(training).draws)
+            except Exception:
+                found.append(None)  # the call raises what is wrong
+        return Draws(*found)
+
+    def _survey(self, training: bool) -> Survey:
+        if training not in self._surveys:
+            with self.lock:
+                self._surveys[training] = survey(self, training)
+        return self._surveys[training]
 
     def _init_weights(self, specs: dict[str, PyTree]) -> None:
         if self.is_from_file:
@@ -150,6 +191,7 @@ class Engine:
         layer._tracker.unlock()
         layer.tracked_params, layer.tracked_state = [], []
         self.weights = self.program = self.specs = None
+        self._surveys.clear()
         layer.built = False
 
     def init(self, arguments: dict[str, PyTree]) -> tuple[PyTree, PyTree]:

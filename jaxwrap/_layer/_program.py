@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import keras
 from jax.extend.core import jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -90,16 +91,25 @@ class Plan:
         structure: The structure of the arguments by name.
         places: Where the tensors of that structure are among the leaves of the call.
         training: The train flag that the caller passes, if any.
-        functions: The bridged functions, by train flag and by which parameters are trained. Plans of one structure
-            share them.
+        functions: The functions, by train flag and by which parameters are trained. Plans of one structure share them.
         route: The short way for calls of this kind, once there is one.
     """
 
     structure: Structure
     places: Sequence[int]
     training: bool | None
-    functions: dict[tuple[bool, tuple[bool, ...]], BridgedFunction]
+    functions: dict[tuple[bool, tuple[bool, ...]], _Function]
     route: Route | None = None
+
+
+class Draws(NamedTuple):
+    """Whether the results of a call depend on its keys, for the arguments that the layer was built for.
+
+    None stands for what is not known.
+    """
+
+    training: bool | None
+    inference: bool | None
 
 
 class _Order:
@@ -137,6 +147,13 @@ class _Order:
         return arrays[:one], arrays[one:two], arrays[two:three], arrays[three:]
 
 
+class _Function(NamedTuple):
+    """A bridged function, and the order of its tensors."""
+
+    bridged: BridgedFunction
+    order: _Order
+
+
 class Program:
     """The calls of a built layer: a plan for each kind of call."""
 
@@ -147,6 +164,8 @@ class Program:
         weights: Weights,
         generators: Sequence[Generator],
         draw_keys: Callable[[bool], PyTree],
+        draws: Draws,
+        built_for: Structure,
         platforms: tuple[str, ...] | None,
     ):
         """Take what the flat functions are made of.
@@ -157,6 +176,8 @@ class Program:
             weights: The variables.
             generators: What `draw_keys` draws from.
             draw_keys: Makes the keys of a call, for its train flag.
+            draws: Whether calls draw.
+            built_for: The structure of the arguments that `draws` is about.
             platforms: See `Bridge.wrap`.
         """
         self.plans: dict[Any, Plan] = {}
@@ -165,8 +186,10 @@ class Program:
         self._weights = weights
         self._generators = generators
         self._draw_keys = draw_keys
+        self._draws = draws
+        self._built_for = built_for
         self._platforms = platforms
-        self._order = _Order(weights, generators)
+        self._orders = {True: _Order(weights, generators), False: _Order(weights, ())}
 
     def add(
         self, kind: Any, structure: Structure, places: Sequence[int], training: bool | None
@@ -182,27 +205,34 @@ class Program:
     def run(self, plan: Plan, leaves: Sequence[Any], training: bool) -> Result:
         """Call the model on the leaves of a call of the plan's kind."""
         fed = [leaves[place] for place in plan.places]
-        key = (training, self._order.trained())
+        key = (training, self._orders[True].trained())
         function = plan.functions.get(key)
         if function is None:
             function = plan.functions[key] = self._bridge(plan.structure, *key)
-        flowing, kept, static = function(*self._order.values(), *fed)
+        flowing, kept, static = function.bridged(*function.order.values(), *fed)
         outcome: Outcome = static.value
         outputs, loss = outcome.flowing.unflatten(flowing)
         state, metrics = outcome.kept.unflatten(kept)
         return Result(outputs, loss, state, metrics, outcome.draws)
 
-    def _bridge(
-        self, arguments: Structure, training: bool, trained: tuple[bool, ...]
-    ) -> BridgedFunction:
-        roles = self._order.roles(trained, arguments.array_count())
-        flat = self._flat_function(arguments, training)
-        return get_bridge().wrap(flat, roles, self._platforms)
+    def _bridge(self, arguments: Structure, training: bool, trained: tuple[bool, ...]) -> _Function:
+        draws = None
+        if arguments == self._built_for:
+            draws = self._draws.training if training else self._draws.inference
+        # A call that does not draw takes no seeds, so that no graph of TensorFlow captures them.
+        order = self._orders[draws is not False]
+        roles = order.roles(trained, arguments.array_count())
+        flat = self._flat_function(arguments, training, order, draws)
+        return _Function(get_bridge().wrap(flat, roles, self._platforms), order)
 
-    def _flat_function(self, arguments: Structure, training: bool) -> FlatFunction:
+    def _flat_function(
+        self, arguments: Structure, training: bool, order: _Order, draws: bool | None
+    ) -> FlatFunction:
         def flat(*arrays: Array) -> FlatResult:
-            params, state, seeds, fed = self._order.split(arrays)
-            with drawing(self._generators, seeds) as draws:
+            params, state, seeds, fed = order.split(arrays)
+            # Keys that nothing depends on may be any keys.
+            states = seeds or [jnp.zeros(2, jnp.uint32) for _ in self._generators]
+            with drawing(self._generators, states) as counted:
                 keys = self._draw_keys(training)
 
             def call(keys: PyTree, rest: PyTree) -> tuple[Flowing, Kept]:
@@ -211,14 +241,14 @@ class Program:
 
             rest = (params, state, fed)
             # In a symbolic scope Keras asks for shapes only, and to look for draws takes longer.
-            if training or not jax.tree_util.tree_leaves(keys) or in_symbolic_scope():
-                results, drew = call(keys, rest), True
+            if draws is not None or not jax.tree_util.tree_leaves(keys) or in_symbolic_scope():
+                results, drew = call(keys, rest), draws is not False
             else:
                 results, drew = call_and_look(call, keys, rest)
             (flowing, structure), (kept, kept_structure) = (
                 partition(part, is_array) for part in results
             )
-            counts = draws.counts() if drew else (0,) * len(seeds)
+            counts = counted.counts() if drew else (0,) * len(self._generators)
             static = Static(Outcome(structure, kept_structure, counts))
             return FlatResult(tuple(flowing), tuple(kept), static)
 
@@ -282,6 +312,11 @@ def call_and_look(
     """
     count = len(jax.tree_util.tree_leaves(keys))
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(keys, rest)
-    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    used = used_inputs(closed)
     flat = jaxpr_as_fun(closed)(*jax.tree_util.tree_leaves((keys, rest)))
     return jax.tree_util.tree_structure(shapes).unflatten(flat), any(used[:count])
+
+
+def used_inputs(closed: Any) -> list[bool]:
+    """Return which inputs of a closed jaxpr its outputs depend on."""
+    return dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]

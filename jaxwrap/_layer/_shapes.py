@@ -1,16 +1,16 @@
-"""The model without data: shapes and dtypes of outputs, names of metrics, masks."""
+"""The model without data: shapes and dtypes of outputs, names of metrics, draws, masks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxwrap._layer._program import call_adapter
+from jaxwrap._layer._program import call_adapter, used_inputs
 from jaxwrap._layer._seeds import Generator, drawing
-from jaxwrap._specs import abstract_call, fillings
+from jaxwrap._specs import abstract_call, fillings, partition_specs
 from jaxwrap._typing import PyTree
 
 if TYPE_CHECKING:
@@ -44,16 +44,50 @@ def abstract_result(engine: Engine, specs: dict[str, PyTree], training: bool) ->
     return abstract_call(result_of, specs, [leaves.structs() for leaves in parts])
 
 
-def reported_metrics(engine: Engine) -> Sequence[str]:
-    """Return the names of the metrics that the model reports in training, for what the layer was built for."""
+class Survey(NamedTuple):
+    """What a trace of the model in training tells.
+
+    Attributes:
+        metrics: The names of the metrics that it reports.
+        draws: Whether its results depend on its keys.
+    """
+
+    metrics: tuple[str, ...]
+    draws: bool
+
+
+def survey(engine: Engine, training: bool) -> Survey:
+    """Trace the built model without data, for the arguments that the layer was built for."""
     failure: Exception | None = None
     for specs in fillings(engine.specs):
         try:
-            return tuple(engine.trace(specs, True)["metrics"])
+            return _survey(engine, specs, training)
         except Exception as error:
             failure = failure or error
     assert failure is not None
     raise failure
+
+
+def _survey(engine: Engine, specs: dict[str, PyTree], training: bool) -> Survey:
+    weights = engine.built_weights()
+    known, structure = partition_specs(specs)
+    parts = (weights.params, weights.state)
+    generators: list[Generator] = list(engine.seeds.generators.values())
+    with drawing(generators, [jnp.zeros(2, jnp.uint32) for _ in generators]):
+        keys = engine.draw_keys(training)
+
+    def call(keys: PyTree, arrays: list[Any], values: list[list[Any]]) -> PyTree:
+        params, state = (leaves.decode(v) for leaves, v in zip(parts, values, strict=True))
+        inputs = engine.inputs.for_adapter(structure.unflatten(arrays))
+        result = call_adapter(engine.adapter, params, state, keys, inputs, training)
+        return result.outputs, result.state, result.losses, dict(result.metrics)
+
+    arrays = [jax.ShapeDtypeStruct(s.shape, jax.dtypes.canonicalize_dtype(s.dtype)) for s in known]
+    closed, shapes = jax.make_jaxpr(call, return_shape=True)(
+        keys, arrays, [leaves.structs() for leaves in parts]
+    )
+    count = len(jax.tree_util.tree_leaves(keys))
+    return Survey(tuple(shapes[3]), any(used_inputs(closed)[:count]))
 
 
 def masks_for(shapes: Sequence[Shape], masks: PyTree) -> list[Any]:
