@@ -19,7 +19,7 @@ def inexact(dtype: Any) -> bool:
 
 @functools.cache
 def kind(dtype: Any) -> str:
-    """One of "bool", "integer", "float" and "complex"."""
+    """Return "bool", "integer", "float" or "complex"."""
     kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
     for name, base in zip(_KINDS[1:], kinds, strict=True):
         if jnp.issubdtype(dtype, base):
@@ -33,6 +33,7 @@ def can_hold(dtype: str, other: Any) -> bool:
         other = jnp.dtype(other)
     except TypeError:
         return False
+    # NumPy's kind of bfloat16 and float8 is V, which structures have too.
     known = other.kind in "biufc" or jnp.issubdtype(other, jnp.floating)
     return known and _KINDS.index(kind(other)) <= _KINDS.index(kind(dtype))
 

@@ -16,7 +16,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 _KINDS = (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError)
 _NAMED = "_jaxwrap_named"
 
-# What an argument may be, in the words of errors.
+# The checks of arguments, by the words for them in errors.
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "a bool": lambda value: isinstance(value, bool),
     "an integer or None": lambda value: value is None or isinstance(value, int),
@@ -36,7 +36,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def describe(obj: Any, name: str | None = None) -> str:
-    """The class and the name of a layer, an optimizer, a loss or a metric, as errors begin."""
+    """Return the class and the name of a layer, an optimizer, a loss or a metric, as errors begin."""
     name = name or getattr(obj, "name", None)
     return f"{type(obj).__name__} {name!r}" if name else type(obj).__name__
 
@@ -46,6 +46,7 @@ def door(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def named(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Not `with naming(...)`: a context manager costs more than `try` at each call.
         try:
             return method(self, *args, **kwargs)
         except _KINDS as error:
@@ -56,7 +57,7 @@ def door(method: _Method) -> _Method:
 
 @contextlib.contextmanager
 def naming(owner: str) -> Iterator[None]:
-    """Errors that our code raises in this scope begin with `owner`."""
+    """Put `owner` in front of errors that our code raises in this scope."""
     try:
         yield
     except _KINDS as error:
@@ -67,6 +68,7 @@ def raise_named(error: Exception, owner: str) -> NoReturn:
     """Raise an error again, with `owner` in front if our code raised it and no inner door has named it."""
     if not _is_ours(error) or hasattr(error, _NAMED):
         raise error
+    # Our own errors take a message alone. JAX's errors of tracers do not, and have passed above.
     named = type(error)(f"{owner}: {error}")
     setattr(named, _NAMED, True)
     raise named.with_traceback(error.__traceback__) from error.__cause__
@@ -84,7 +86,7 @@ def _is_ours(error: Exception) -> bool:
 
 
 def check_types(**arguments: tuple[Any, str]) -> None:
-    """Raise ValueError for the first of a constructor's arguments that is not what it must be.
+    """Raise ValueError for the first argument of a constructor that is of a wrong type.
 
     Args:
         **arguments: For each name, the value and what it must be.

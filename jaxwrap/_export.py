@@ -17,16 +17,15 @@ def export_saved_model(
 ) -> None:
     """Write a Keras model of the JAX backend as a TensorFlow SavedModel, for inference with any batch size.
 
-    What is written is what `model.export(path, format="tf_saved_model")` writes: the endpoint `serve`, and the
-    variables. Keras's own way there ends in jax2tf, and what that writes with JAX 0.12, TensorFlow 2.21 cannot read.
-    This one writes what it can read. It takes any Keras model, with wrapped layers or without. On TensorFlow
-    `model.export` needs no help.
+    The folder holds the endpoint `serve` and the variables, as after `model.export(path, format="tf_saved_model")`.
+    That method uses jax2tf, and with JAX 0.12 it writes files that TensorFlow 2.21 cannot read. This function writes
+    files that it can. Any Keras model will do, with wrapped layers or without. On TensorFlow, use `model.export`.
 
     Args:
         model: A built model.
         path: The folder to write.
         input_signature: A list with one item for each positional argument of the model: a nest of `keras.KerasTensor`
-            or `keras.InputSpec`, shapes having None for unknown sizes. By default the inputs that a functional or
+            or `keras.InputSpec`, with None for unknown sizes. By default the inputs that a functional or
             sequential model was made of.
 
     Raises:
@@ -52,6 +51,7 @@ def export_saved_model(
         raise ValueError(
             f"Model {model.name!r} has no weights yet. Call or build it before it is exported."
         )
+    # Before the import, since its error names what to install.
     bridge = get_bridge("tensorflow")
     import tensorflow as tf
 
@@ -65,7 +65,7 @@ def export_saved_model(
         # Typed with a third result, the losses, which comes only if asked for.
         result: Any = model.stateless_call(values["trainable"], state, *values["inputs"])
         outputs, after = result
-        # What the model leaves alone is not written at each call.
+        # A variable that the model leaves alone is not written at each call.
         changed = [new if new is not old else None for new, old in zip(after, state, strict=True)]
         return outputs, changed
 
@@ -79,17 +79,18 @@ def export_saved_model(
         return outputs
 
     endpoint = tf.function(serve, input_signature=signature, autograph=False)
+    # A model that cannot be traced fails here, before a file is written.
     endpoint.get_concrete_function()
     archive.add_endpoint("serve", endpoint)
     archive.write_out(path, verbose=False)
 
 
-def _signature(model: keras.Model, given: PyTree) -> Any:
+def _signature(model: keras.Model, chosen: PyTree) -> Any:
     import tensorflow as tf
 
-    if given is not None:
+    if chosen is not None:
         return keras.tree.map_structure(
-            lambda spec: tf.TensorSpec(spec.shape, spec.dtype or "float32", name=spec.name), given
+            lambda spec: tf.TensorSpec(spec.shape, spec.dtype or "float32", name=spec.name), chosen
         )
     # A sequential model has `inputs` alone, a functional one keeps the nest of them in `input`.
     sequential = isinstance(model, keras.Sequential)
@@ -97,7 +98,7 @@ def _signature(model: keras.Model, given: PyTree) -> Any:
     if inputs is None or inputs[0] is None:
         raise ValueError(
             f"Model {model.name!r} does not know its inputs, as it is neither functional nor sequential. Pass "
-            "`input_signature`, [keras.InputSpec(shape=(None, 4))] say."
+            "`input_signature`, such as [keras.InputSpec(shape=(None, 4))]."
         )
     # A sequential model that was built by a call holds that call's batch size.
     return keras.tree.map_structure(

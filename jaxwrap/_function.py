@@ -10,28 +10,29 @@ import jax.numpy as jnp
 
 from jaxwrap._bridge import Bridge, BridgedFunction, get_bridge
 from jaxwrap._pytree import Structure, is_array, partition, path_str
+from jaxwrap._tracing import explained
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static
 
-# Those of the arguments of a `PytreeFunction`.
+# The roles of the arguments of a `PytreeFunction`.
 _ROLES = (Role.INPUT, Role.CONSTANT, Role.STATE)
 
 
 def wrap_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Make a pure JAX function callable on the tensors of the current Keras backend.
 
-    The function returned takes and returns the same pytrees as `fn`, with the backend's tensors for leaves. It may be
-    called eagerly or while the backend traces (`jax.jit`, `tf.function`), and is differentiable, to any order, by the
-    backend's own means: `jax.grad`, `tf.GradientTape`, `torch.autograd`. On NumPy there are no gradients.
+    The result takes and returns the same pytrees as `fn`, with the backend's tensors for leaves. It may be called
+    eagerly or while the backend traces (`jax.jit`, `tf.function`). The backend's own means differentiate
+    it, to any order: `jax.grad`, `tf.GradientTape`, `torch.autograd`. On NumPy there are no gradients.
 
     Leaves that are tensors or arrays are traced. All others (Python numbers, strings, None, callables) are static:
-    `fn` sees them as they are and is compiled anew for each value. They must be hashable.
+    `fn` sees them as they are and is compiled for each value. They must be hashable.
 
     Args:
         fn: A pure function of any pytrees that `jax.jit` could compile with its static leaves fixed.
 
     Returns:
         A function of the signature of `fn`. Its outputs are tensors of the current backend where `fn` returns arrays,
-        in the dtype that `fn` gives them; outputs that are not arrays come back as they are.
+        of the same dtype. Outputs that are not arrays come back as they are.
 
     Raises:
         TypeError: When called, for a leaf of a dtype that JAX does not have, or a static leaf that cannot be hashed.
@@ -63,14 +64,12 @@ def wrap_function(fn: Callable[..., Any]) -> Callable[..., Any]:
 class PytreeFunction:
     """A JAX function of three pytrees, differentiable in the first, as a function of pytrees of tensors.
 
-    This is what `wrap_function` stands on.
-
     Args:
-        fn: Takes `(differentiable, constant, state)` and returns `(outputs, aux)`, pytrees all. No gradient flows
+        fn: Takes `(differentiable, constant, state)` and returns `(outputs, aux)`, all pytrees. No gradient flows
             through `aux`.
         name: The name of the function in errors. By default none: the errors of an object name the object.
         platforms: See `Bridge.wrap`.
-        bridge: The bridge to use; by default that of the current backend.
+        bridge: The bridge to use. By default that of the current backend.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class PytreeFunction:
     def __call__(
         self, differentiable: PyTree, constant: PyTree, state: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """Call the function on pytrees of tensors; returns `(outputs, aux)`."""
+        """Call the function on pytrees of tensors. Return `(outputs, aux)`."""
         return self._opaque_call(differentiable, constant, state)
 
     def _call(self, *trees: PyTree) -> tuple[PyTree, PyTree]:
@@ -104,6 +103,7 @@ class PytreeFunction:
             )
             flat = _flatten(self._fn, structures)
             bridged = self._bridged[structures] = self._bridge.wrap(flat, roles, self._platforms)
+        # At each call: the structure is the same for all shapes and dtypes.
         self._check_tensors(*parts[0])
         outputs, aux, static = bridged(*(tensor for tensors, _ in parts for tensor in tensors))
         output_structure, aux_structure = static.value
@@ -133,9 +133,13 @@ def _flatten(
     fn: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
     structures: tuple[Structure, ...],
 ) -> FlatFunction:
+    paths = [path for structure in structures for path in structure.array_paths()]
+    names = {f"arrays[{place}]": path for place, path in enumerate(paths)}
+
     def flat(*arrays: Array) -> FlatResult:
         remaining = iter(arrays)
-        outputs, aux = fn(*(structure.unflatten(remaining) for structure in structures))
+        with explained(names):
+            outputs, aux = fn(*(structure.unflatten(remaining) for structure in structures))
         output_arrays, output_structure = partition(outputs, is_array)
         aux_arrays, aux_structure = partition(aux, is_array)
         return FlatResult(

@@ -55,6 +55,7 @@ class Structure:
         self.leaves = tuple(leaves)
         self._arrays_only = all(leaf is ARRAY for leaf in self.leaves)
         self._key = tuple(static_key(leaf) for leaf in self.leaves)
+        # Computed once, as structures are keys of caches that each call asks.
         self._hash = hash((treedef, self._key))
 
     def __eq__(self, other: object) -> bool:
@@ -78,7 +79,7 @@ class Structure:
         )
 
     def key_paths(self) -> list[KeyPath]:
-        """The key path of every leaf, static ones included, in leaf order."""
+        """Return the key path of every leaf, static ones included, in leaf order."""
         tree = self.treedef.unflatten(range(self.treedef.num_leaves))
         return [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
@@ -87,7 +88,7 @@ class Structure:
         return sum(leaf is ARRAY for leaf in self.leaves)
 
     def array_paths(self) -> list[str]:
-        """The printed path of every array, in leaf order."""
+        """Return the printed path of every array, in leaf order."""
         paths = self.key_paths()
         return [
             path_str(path) for path, leaf in zip(paths, self.leaves, strict=True) if leaf is ARRAY
@@ -103,18 +104,19 @@ def partition(tree: PyTree, is_array: Callable[[Any], bool]) -> tuple[list[Any],
     return arrays, Structure(treedef, [ARRAY if is_array(leaf) else leaf for leaf in leaves])
 
 
+# In most calls all leaves are arrays, and the treedef alone finds the structure.
 @functools.lru_cache(maxsize=4096)
 def _of_arrays(treedef: Any) -> Structure:
     return Structure(treedef, [ARRAY] * treedef.num_leaves)
 
 
 def path_str(path: KeyPath) -> str:
-    """A key path as people read it: `params/Dense_0/kernel`; the root is `<root>`."""
+    """Return a key path as people read it: `params/Dense_0/kernel`. The root is `<root>`."""
     return "/".join(key_name(key) for key in path) or "<root>"
 
 
 def key_name(key: Any) -> str:
-    """The bare name of one step of a key path: the dict key, the index or the attribute."""
+    """Return the bare name of one step of a key path: the dict key, the index or the attribute."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -127,7 +129,7 @@ def describe_difference(expected: Structure, received: Structure) -> str | None:
     Containers of other types with the same paths (a `dict` for a `FrozenDict`, a list for a tuple) do not count.
 
     Returns:
-        None if the leaves stand at the same paths, with equal static leaves, in the same order; else one line for
+        None if the leaves stand at the same paths, with equal static leaves, in the same order. Else one line for
         each path that is missing, unexpected or different.
     """
     if expected == received:
@@ -162,11 +164,12 @@ class _Identity:
 
 
 def static_key(leaf: Any) -> Any:
-    """Return what equals that of another leaf if both are the same static value, of one type."""
+    """Return a key that is equal for leaves of the same static value and type."""
     if leaf is ARRAY:
         return ARRAY
     try:
         hash(leaf)
     except TypeError:
         leaf = _Identity(leaf)
+    # `True == 1 == 1.0`, but a function may treat them differently.
     return (type(leaf), leaf)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -116,14 +117,14 @@ def fillings(specs: PyTree) -> Iterator[PyTree]:
 
 
 def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> PyTree:
-    """Compute the specs of what a JAX function returns, without data.
+    """Compute the specs of the result of a JAX function, without data.
 
     A size of the outputs is unknown if it changes with the unknown sizes of the inputs. All of them are set to the same
     value, since a function may need them to be equal.
 
     Args:
         fn: A function of a nest of arrays, and of the arrays in `more`.
-        specs: The nest with a `Spec` for each array; other leaves reach `fn` as they are.
+        specs: The nest with a `Spec` for each array. Other leaves reach `fn` as they are.
         *more: Pytrees of `jax.ShapeDtypeStruct`.
 
     Returns:
@@ -138,13 +139,26 @@ def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> Py
     error = None
     for sizes in _SIZES:
         try:
+            # Two sizes tell a size of the output that follows them from one that only equals the first.
             first, second = (_eval_shape(fn, known, structure, size, *more) for size in sizes)
         except Exception as raised:
             error = error or raised
         else:
-            return jax.tree_util.tree_map(_merge, first, second)
+            merged = jax.tree_util.tree_map(_merge, first, second)
+            if _may_be_cropped(known, merged):
+                with contextlib.suppress(Exception):  # the function may need larger sizes
+                    small = _eval_shape(fn, known, structure, 2, *more)
+                    merged = jax.tree_util.tree_map(_merge, merged, small)
+            return merged
     assert error is not None
     raise error
+
+
+def _may_be_cropped(inputs: Sequence[Spec], outputs: PyTree) -> bool:
+    """Whether a known size of the outputs may be an unknown one, cut off at a number below those that were tried."""
+    if any(None in spec.shape[1:] for spec in inputs):
+        return True
+    return any(None not in spec.shape[:1] for spec in jax.tree_util.tree_leaves(outputs))
 
 
 def _eval_shape(
@@ -154,13 +168,14 @@ def _eval_shape(
         jax.ShapeDtypeStruct(spec.fill(size), jax.dtypes.canonicalize_dtype(spec.dtype))
         for spec in specs
     ]
+    # On every backend: `meta` tensors and symbolic graphs would run the code of the user, or guess.
     return jax.eval_shape(
         lambda arrays, *more: fn(structure.unflatten(arrays), *more), structs, *more
     )
 
 
-def _merge(first: jax.ShapeDtypeStruct, second: jax.ShapeDtypeStruct) -> Spec:
+def _merge(first: Spec | jax.ShapeDtypeStruct, second: jax.ShapeDtypeStruct) -> Spec:
     shape = tuple(
         one if one == two else None for one, two in zip(first.shape, second.shape, strict=True)
     )
-    return Spec(shape, first.dtype.name)
+    return Spec(shape, str(first.dtype))

@@ -16,10 +16,12 @@ PyTree = Any
 class Static:
     """A pytree without leaves that carries `value` through JAX's transformations.
 
-    What a flat function knows only once it has been traced (the structure of its outputs) thus comes out of `jax.jit`,
-    `jax.vjp` and `jax.export` beside the arrays, and is right for each cached trace. The value must be hashable.
+    A flat function learns the structure of its outputs only when it is traced. In a `Static`, the structure comes out
+    of `jax.jit`, `jax.vjp` and `jax.export` with the arrays, and is right for each cached trace. The value must be
+    hashable.
     """
 
+    # JAX's caches keep treedefs, so what the value refers to lives as long as they do.
     __slots__ = ("value",)
 
     def __init__(self, value: Any):
@@ -33,12 +35,12 @@ class Static:
 
 
 class Role(enum.Enum):
-    """What an argument of a flat function is: to its gradient, and to the caller who holds it.
+    """The role of an argument of a flat function: whether it has a gradient, and who holds it.
 
     Attributes:
         differentiable: Whether a gradient may be asked for, if the argument's dtype has one.
-        held: Whether it is the value of a variable: the same tensor call after call, written to in between. What a
-            bridge makes of it is worth keeping, as long as the tensor is the same.
+        held: Whether it is the value of a variable: the same tensor call after call, written to in between. A
+            bridge may keep what it makes of it, as long as the tensor is the same.
     """
 
     INPUT = ("a gradient may be asked for", True, False)
@@ -58,12 +60,12 @@ class Role(enum.Enum):
 
 
 class FlatResult(NamedTuple):
-    """What a flat function returns.
+    """The result of a flat function.
 
     Attributes:
         outputs: Arrays, differentiable where their dtype is.
-        aux: Arrays no gradient flows through, such as new state.
-        static: What is no array: how to rebuild the pytrees.
+        aux: Arrays that no gradient flows through, such as new state.
+        static: The structures of the pytrees, to rebuild them.
     """
 
     outputs: tuple[Array, ...]

@@ -36,16 +36,17 @@ def check_adapter(
 ) -> None:
     """Check that an adapter keeps its contract, on the current Keras backend.
 
-    A layer of the adapter builds; computes what the adapter computes in plain JAX, in inference and in training, with
-    the same new state; trains by JAX's gradients (not on NumPy); draws the same numbers from the same seed; and comes
-    back from a config, a `.keras` file, a clone, a deep copy and a checkpoint. The adapter does not change meanwhile.
+    A layer of the adapter builds. It computes the same as the adapter in plain JAX, in inference and in training, with
+    the same new state. It trains by JAX's gradients (not on NumPy), draws the same numbers from the same seed, and
+    comes back from a config, a `.keras` file, a clone, a deep copy and a checkpoint. The adapter does not change
+    meanwhile.
 
     Args:
         make: Makes the adapter, or a layer of it. Each call must make an equal one.
-        inputs: The argument of the layer, a NumPy array; or a tuple of all its arguments, each a nest of arrays. The
+        inputs: The argument of the layer, a NumPy array, or a tuple of all its arguments, each a nest of arrays. The
             first axis of each array is the batch.
-        native: Computes the outputs in inference by the library's own means, from what `layer.get_variables()` returns
-            and the inputs.
+        native: Computes the outputs in inference by the library's own means, from the result of
+            `layer.get_variables()` and the inputs.
         tolerance: The relative and absolute error of float32 values.
 
     Raises:
@@ -59,8 +60,8 @@ def check_adapter(
         ...     return nn.Dense(2).apply(variables, x)
         >>> check_adapter(lambda: Linen(nn.Dense(2)), np.ones((4, 3), "float32"), native=native)
     """
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    check = _Check(make, given, tolerance)
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    check = _Check(make, arguments, tolerance)
     check.fields()
     check.building()
     if native is not None:
@@ -107,7 +108,7 @@ class _Check:
                 np.testing.assert_allclose(*pair, rtol=tolerance, atol=tolerance, err_msg=where)
 
     def fields(self) -> None:
-        """The adapter is a frozen dataclass, and a config holds it."""
+        """Check that the adapter is a frozen dataclass, and that a config holds it."""
         adapter = self._layer().adapter
         parameters = getattr(type(adapter), "__dataclass_params__", None)
         assert parameters is not None, f"{type(adapter).__name__} is not a dataclass"
@@ -118,7 +119,7 @@ class _Check:
         assert type(again.adapter) is type(adapter), "from_config makes another adapter"
 
     def building(self) -> None:
-        """Two layers of one seed have the same values; shapes without data are those of a call."""
+        """Check that layers of one seed have the same values, and that shapes without data are those of a call."""
         one, two = self._built(), self._built()
         self._equal("initial values", one.get_variables(), two.get_variables())
         before = _snapshot(one.adapter)
@@ -135,13 +136,13 @@ class _Check:
         assert _snapshot(one.adapter) == before, "the adapter changes when it is called"
 
     def native(self, native: Callable[..., PyTree]) -> None:
-        """Outputs in inference are those of the library."""
+        """Check that outputs in inference are those of the library."""
         layer = self._built()
         expected = native(layer.get_variables(), *self._inputs)
         self._equal("the native outputs", layer(*self._inputs), expected)
 
     def values_and_state(self, training: bool) -> None:
-        """Outputs and new state are those of the adapter in plain JAX."""
+        """Check that outputs and new state are those of the adapter in plain JAX."""
         layer = self._built()
         for _ in range(3):
             expected = _plain(layer, self._inputs, training)
@@ -152,7 +153,7 @@ class _Check:
             self._equal(f"the state after a call in {mode}", state, expected.state)
 
     def seeds(self) -> None:
-        """Layers of one seed draw the same numbers; a layer that draws does not draw them twice."""
+        """Check that layers of one seed draw the same numbers, and that the generators are those of the streams."""
         one, two = self._built(), self._built()
         first, same = (layer(*self._inputs, training=True) for layer in (one, two))
         self._equal("outputs in training from one seed", first, same)
@@ -164,9 +165,10 @@ class _Check:
             assert found in (set(), allowed), f"the generators are {found}, expected {allowed}"
 
     def gradients(self) -> None:
-        """One step of SGD moves each trained variable by JAX's gradient."""
+        """Check that one step of SGD moves each trained variable by JAX's gradient."""
         layer = self._built()
         model = _Scalar(layer)
+        # Not Adam, which turns the rounding noise of a zero gradient into a whole step.
         model.compile(keras.optimizers.SGD(1.0))
         before = [to_host(variable) for variable in layer.trainable_variables]
         trained = {id(variable) for variable in layer.trainable_variables}
@@ -182,6 +184,7 @@ class _Check:
             layer.trainable_variables, before, expected, strict=True
         ):
             moved = old.astype("float64") - to_host(variable).astype("float64")
+            # The difference of two float32 weights has the rounding error of the larger numbers.
             scale = max(1.0, float(np.abs(gradient).max(initial=0.0)))
             self._equal(
                 f"the gradient of {variable.path}",
@@ -190,7 +193,7 @@ class _Check:
             )
 
     def variables(self) -> None:
-        """Weights can be read, written and stored in a checkpoint."""
+        """Check that weights can be read, written and stored in a checkpoint."""
         layer = self._built()
         layer(*self._inputs, training=True)
         values = layer.get_variables()
@@ -207,7 +210,7 @@ class _Check:
         self._equal("variables from a checkpoint", loaded.get_variables(), values)
 
     def saving(self) -> None:
-        """A model comes back from a file, a clone and a copy."""
+        """Check that a model comes back from a file, a clone and a copy."""
         layer = self._layer()
         symbols = jax.tree.map(
             lambda array: keras.Input(array.shape[1:], dtype=str(array.dtype)), self._inputs
@@ -246,7 +249,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _cotangent(leaf: Any) -> Any:
-    """Different weights for the features of an output, the same for each example."""
+    """Return a different weight for each feature of an output, the same for each example."""
     return np.linspace(0.5, 1.5, leaf.shape[-1] if leaf.shape else 1, dtype="float32")
 
 
@@ -272,7 +275,7 @@ def _plain(
 
 
 def _plain_gradients(layer: JaxLayer, inputs: tuple[Any, ...]) -> list[Array]:
-    """The gradients of the loss of `_Scalar` for all parameters, those that are not floats included."""
+    """Return the gradients of the loss of `_Scalar` for all parameters, those that are not floats included."""
     leaves = layer._engine.built_weights().params
 
     def loss(floats: list[Array]) -> Array:

@@ -1,6 +1,8 @@
 """What a layer is called with: several arguments, masks, train flags, and what `init_fn` sees of them."""
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import keras
@@ -8,9 +10,11 @@ import models
 import numpy as np
 import pytest
 from backends import to_numpy
+from flax import nnx
 from models import x
 
-from jaxwrap import FlaxLayer, JaxLayer
+import jaxwrap
+from jaxwrap import EquinoxLayer, FlaxLayer, HaikuLayer, JaxLayer, NNXLayer
 
 # `call_arguments`.
 
@@ -377,3 +381,168 @@ def test_a_flag_that_the_module_was_made_with_stays():
     layer = FlaxLayer(nn.BatchNorm(use_running_average=False))
     layer(x(20, 3) + 5)
     assert to_numpy(layer.state["batch_stats"]["mean"].value).max() > 0
+
+
+# Who passes an argument is decided by the library, or by its place, and not by its name.
+
+
+def haiku_policy(state, rng):
+    return hk.Linear(2)(state) * rng
+
+
+@pytest.mark.parametrize("without_rng", [True, False])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_haiku_arguments_called_as_haiku_s_own(without_rng, with_state):
+    transform = hk.transform_with_state if with_state else hk.transform
+    transformed = transform(haiku_policy)
+    if without_rng:
+        transformed = hk.without_apply_rng(transformed)
+    layer = HaikuLayer(transformed)
+    state, rng = x(5, 3), x(5, 2, seed=1)
+    output = to_numpy(layer(state, rng))
+    variables = layer.get_variables()
+    own = [variables["params"], *([variables["state"]] if with_state else [])]
+    own += [] if without_rng else [None]
+    expected = transformed.apply(*own, state, rng)
+    np.testing.assert_allclose(output, expected[0] if with_state else expected, 1e-5)
+
+
+class Attention(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, query, key, value):
+        return (query * self.weight) * key + value
+
+
+class Drops(eqx.Module):
+    def __call__(self, x, key):
+        return x * jax.random.uniform(key, x.shape)
+
+
+def test_an_equinox_key_that_is_data_and_one_that_is_not():
+    module = Attention(jnp.asarray(x(3)))
+    query, key, value = (x(5, 3, seed=seed) for seed in range(3))
+    layer = EquinoxLayer(module)
+    assert layer.adapter.draws == "never"
+    np.testing.assert_allclose(to_numpy(layer(query, key, value)), module(query, key, value), 1e-5)
+    layer = EquinoxLayer(Drops(), seed=1)
+    first, second = (to_numpy(layer(x(4))) for _ in range(2))
+    assert (first != second).any()
+
+
+def test_call_arguments_called_as_our_own():
+    def critic(params, state, rng):
+        return jnp.concatenate([state, rng], -1) @ params
+
+    layer = JaxLayer(critic, params=x(6, 1), call_arguments=("state", "rng"))
+    assert layer.seed_generator is None
+    state, rng = x(7, 4), x(7, 2, seed=1)
+    expected = np.concatenate([state, rng], -1) @ x(6, 1)
+    np.testing.assert_allclose(to_numpy(layer(state, rng)), expected, 1e-5, 1e-5)
+
+
+def test_nnx_rngs_at_the_call():
+    layer = NNXLayer(nnx.Dropout(0.5), seed=4)
+    given = np.ones((50,), "float32")
+    first, second = (to_numpy(layer(given, training=True)) for _ in range(2))
+    assert (first != second).any()
+    assert set(np.unique(first)) == {0.0, 2.0}
+    np.testing.assert_array_equal(to_numpy(layer(given)), given)
+    own = NNXLayer(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    assert own.adapter.draws == "never"
+    assert (to_numpy(own(given, training=True)) != given).any()
+
+
+def test_keys_in_inference():
+    def call(inputs, rng):
+        return inputs + jax.random.normal(rng, inputs.shape)
+
+    with pytest.raises(TypeError, match=r"JaxLayer 'sampler': `rng` is None in inference.*rng_in_"):
+        JaxLayer(call, name="sampler")(x(3))
+    layer = JaxLayer(call, seed=1, rng_in_inference=True)
+    first, second = (to_numpy(layer(x(3))) for _ in range(2))
+    assert (first != second).any()
+    again = JaxLayer.from_config(JaxLayer(models.dropout_call, rng_in_inference=True).get_config())
+    assert again.get_config()["rng_in_inference"] is True
+
+
+# Functions whose arguments have other names.
+
+
+def test_the_only_unknown_argument_is_the_input():
+    np.testing.assert_allclose(to_numpy(jaxwrap.wrap(jnp.tanh)(x(3))), np.tanh(x(3)), 1e-5)
+    layer = JaxLayer(lambda params, x: x * params, params=2.0)
+    np.testing.assert_allclose(to_numpy(layer(x(3))), 2 * x(3), 1e-6)
+    np.testing.assert_allclose(to_numpy(layer(x=x(3))), 2 * x(3), 1e-6)
+
+    def init(key, sample):
+        return jax.random.normal(key, sample.shape[-1:])
+
+    def call(params, batch, key, training):
+        return batch * params + (jax.random.normal(key, batch.shape) if training else 0)
+
+    layer = JaxLayer(call, init, seed=1)
+    weights = to_numpy(layer(np.ones((1, 3), "float32")))[0]
+    np.testing.assert_allclose(to_numpy(layer(x(5, 3))), x(5, 3) * weights, 1e-5)
+    assert (to_numpy(layer(x(5, 3), training=True)) != x(5, 3) * weights).all()
+    with pytest.raises(ValueError, match=r"unsupported argument.*`a`.*call_arguments"):
+        JaxLayer(lambda params, a, b: a + b, params=1.0)
+
+
+def test_update_stats_is_a_train_flag():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, update_stats):
+            return nn.SpectralNorm(nn.Dense(3))(inputs, update_stats=update_stats)
+
+    layer = FlaxLayer(Normed(), seed=1)
+    layer(x(4, 5))
+    before = layer.get_variables()["batch_stats"]
+    layer(x(4, 5))
+    np.testing.assert_array_equal(
+        *(jax.tree.leaves(tree)[0] for tree in (before, layer.get_variables()["batch_stats"]))
+    )
+    layer(x(4, 5), training=True)
+    after = layer.get_variables()["batch_stats"]
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    assert any((one != two).any() for one, two in pairs)
+
+
+class Home:
+    def init(self, key, x):
+        return {"w": jax.random.normal(key, (x.shape[-1], 2))}
+
+    def apply(self, params, x):
+        return x @ params["w"]
+
+
+def test_wrap_takes_objects_with_init_and_apply():
+    layer = jaxwrap.wrap(Home(), name="home")
+    output = to_numpy(layer(x(3, 4)))
+    np.testing.assert_allclose(output, x(3, 4) @ layer.get_variables()["params"]["w"], 1e-5, 1e-5)
+    assert [v.path for v in layer.trainable_variables] == ["home/params/w"]
+
+
+class Counts(eqx.Module):
+    index: eqx.nn.StateIndex
+
+    def __init__(self):
+        self.index = eqx.nn.StateIndex(jnp.zeros(()))
+
+    def __call__(self, x, state):
+        count = state.get(self.index) + 1
+        return x * count, state.set(self.index, count)
+
+
+def test_wrap_takes_stateful_equinox_modules_and_maps_those_of_eqx_nn():
+    layer = jaxwrap.wrap(eqx.nn.make_with_state(Counts)())
+    for step in (1, 2, 3):
+        np.testing.assert_allclose(to_numpy(layer(x(3))), step * x(3), 1e-6)
+    linear = eqx.nn.Linear(4, 2, key=jax.random.key(0))
+    np.testing.assert_allclose(
+        to_numpy(jaxwrap.wrap(linear)(x(5, 4))), jax.vmap(linear)(x(5, 4)), 1e-5, 1e-5
+    )
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="batch")
+    assert jaxwrap.wrap((norm, state))(x(5, 4), training=True).shape == (5, 4)
+    with pytest.raises(ValueError, match=r"EquinoxLayer 'one': .*did you mean `batch=True`"):
+        EquinoxLayer(linear, name="one")(x(5, 4))

@@ -292,7 +292,7 @@ def test_a_dry_run_prints_and_assigns_nothing(tmp_path, capsys):
     ("names", "message"),
     [
         ({"(": "a"}, "not a regular expression"),
-        ({"nothing": "a"}, "first to match none of the names"),
+        ({"nothing": "a"}, "are not the first to match any of the names"),
         ({".*": "a"}, "both .* and .* into 'a'"),
         ({"params/Dense_0/bias": "params/Dense_1"}, "'params/Dense_1.*cannot be in one file with"),
         ({3: "a"}, "must map patterns to names or None"),

@@ -195,6 +195,21 @@ class Scaled(jaxwrap.JaxLayer):
         super().__init__(call, init, **kwargs)
 
 
+@jaxwrap.register_serializable("contract")
+class AlwaysNoisy(jaxwrap.FlaxLayer):
+    """A layer that has keys in inference too."""
+
+    def _get_call_rng(self, training):
+        return {"dropout": self._get_call_seed()}
+
+
+def test_a_class_with_keys_of_its_own_is_saved():
+    module = nn.Dropout(0.5, deterministic=False)
+    again = AlwaysNoisy.from_config(AlwaysNoisy(module, seed=3).get_config())
+    first, second = (to_numpy(again(np.ones(50, "float32"))) for _ in range(2))
+    assert (first != second).any()
+
+
 def test_a_class_with_its_own_constructor_is_saved_by_its_arguments():
     check_adapter(lambda: Scaled(2.0, width=2, seed=3), np.ones((5, 4), "float32"))
     layer = Scaled(2.0, width=2, seed=3, name="scaled")

@@ -10,6 +10,7 @@ import types
 import pytest
 
 import jaxwrap
+import jaxwrap.testing
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
@@ -23,6 +24,8 @@ def test_there_are_examples():
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search((ROOT / p).read_text())])
 def test_page(page, backend, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # A page may write modules, and import them, as a script does from its folder.
+    monkeypatch.syspath_prepend(tmp_path)
     # Linen looks its classes up in their module.
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
@@ -32,7 +35,10 @@ def test_page(page, backend, tmp_path, monkeypatch):
         exec(compile(block["code"], page, "exec"), vars(module))
 
 
-@pytest.mark.parametrize("name", [*jaxwrap.__all__, "checkpoints.save", "checkpoints.load"])
+NAMES = [*jaxwrap.__all__, "checkpoints.save", "checkpoints.load", "testing.check_adapter"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_docstring(name):
     obj = operator.attrgetter(name)(jaxwrap)
     test = doctest.DocTestFinder().find(obj, name, globs={})[0]

@@ -53,9 +53,9 @@ def test_constructors_are_keras_s():
             "missing required argument in `call_fn`.*`inputs`",
         ),
         (
-            lambda params, inputs, key: inputs,
+            lambda params, inputs, other: inputs,
             models.mlp_init,
-            "unsupported argument in `call_fn`.*`key`",
+            "unsupported argument in `call_fn`.*`other`",
         ),
         (
             lambda *args: args,
@@ -165,6 +165,17 @@ def test_the_user_s_arrays_are_left_alone(backend):
     assert state == 1
     params["b"] += 5
     assert to_numpy(model.layers[0].params["b"].value).max() < 4
+
+
+def test_state_that_is_changed_in_place_is_kept():
+    def call(state, inputs):
+        state["count"] = state["count"] + 1
+        return inputs, state
+
+    layer = JaxLayer(call, state={"count": np.zeros((), "int32")})
+    for step in (1, 2):
+        layer(x(3))
+        assert int(to_numpy(layer.state["count"].value)) == step
 
 
 # Models of every kind.

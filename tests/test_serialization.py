@@ -657,7 +657,7 @@ FAILURES = {
     ),
     "object": (
         lambda: FlaxLayer(Net(Size(), Block(1), names=(1, object()))),
-        r"`module.names\[1\]` is no data",
+        r"`module.names\[1\]` is not data",
     ),
     "deep": (
         lambda: FlaxLayer(Block(3, act=functools.reduce(lambda x, _: [x], range(200), 1))),

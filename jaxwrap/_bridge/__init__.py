@@ -9,6 +9,7 @@ from jaxwrap._bridge._base import Bridge, BridgedFunction
 
 __all__ = ["Bridge", "BridgedFunction", "get_bridge"]
 
+# By name, since each module imports its backend, and seldom are all of them installed.
 _BRIDGES = {
     "jax": ("_jax", "JaxBridge"),
     "numpy": ("_numpy", "NumpyBridge"),
@@ -47,6 +48,7 @@ def get_bridge(backend: str | None = None) -> Bridge:
     return _load(backend or keras.config.backend())
 
 
+# One bridge for each backend and process: it keeps aliases of tensors, which layers share.
 @functools.cache
 def _load(backend: str) -> Bridge:
     if backend not in _BRIDGES:

@@ -23,7 +23,7 @@ class BridgedFunction(Protocol):
 
 
 class Bridge(abc.ABC):
-    """One backend. A bridge knows arrays and tensors; Keras, layers and pytrees it does not know.
+    """One backend. A bridge knows arrays and tensors, but not Keras, layers or pytrees.
 
     Attributes:
         name: The name of the Keras backend.

@@ -31,6 +31,8 @@ class JaxBridge(Bridge):
     def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
         # One call for all copies is several times faster. Arrays that the user has put on a device go through the host.
         anywhere = list(map(_is_anywhere, arrays))
+        # Keras may build a layer inside a trace, and a variable must not hold a tracer. `fit` donates the buffers of
+        # variables: without `may_alias=False` the arrays of the user would be deleted.
         with jax.ensure_compile_time_eval():
             copied = iter(
                 jax.device_put(list(itertools.compress(arrays, anywhere)), may_alias=False)
@@ -47,7 +49,7 @@ class JaxBridge(Bridge):
         jitted = jax.jit(fn)
 
         def call(*tensors: Tensor) -> FlatResult:
-            # Inside a trace the caller's own jit compiles the whole; a nested one would only hide the function.
+            # Inside a trace the caller's own jit compiles the whole. A nested one would only hide the function.
             if any(issubclass(kind, Tracer) for kind in set(map(type, tensors))):
                 return fn(*tensors)
             return jitted(*tensors)

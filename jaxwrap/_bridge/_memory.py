@@ -1,4 +1,4 @@
-"""Memory that JAX and a backend share: aligned copies, and what has been made of a tensor."""
+"""Memory that JAX and a backend share: aligned copies, and objects made of tensors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Kept:
     """Objects made of tensors, kept for as long as the tensors live."""
 
     def __init__(self):
+        # By `id`, since NumPy arrays have no hash, and `==` compares tensors number by number.
         self._made: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
     def get(self, tensor: Tensor) -> Any:
@@ -43,5 +44,6 @@ def host_copies(arrays: Iterable[Array | np.ndarray]) -> Iterator[np.ndarray]:
         memory = np.empty(size + ALIGNMENT, "uint8")
         start = -memory.ctypes.data % ALIGNMENT
         copy = memory[start : start + size].view(dtype).reshape(array.shape)
+        # The copy may be narrower: JAX has 32 bits for 64 unless `jax_enable_x64` is set.
         np.copyto(copy, array, casting="unsafe")
         yield copy

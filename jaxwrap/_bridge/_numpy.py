@@ -1,4 +1,4 @@
-"""NumPy: jitted JAX, NumPy arrays out; no gradients."""
+"""NumPy: jitted JAX, NumPy arrays out, no gradients."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class NumpyBridge(Bridge):
         platforms: tuple[str, ...] | None,
     ) -> BridgedFunction:
         jitted = jax.jit(fn)
+        # Only variables. An input is a new array at each call, and nobody would find a copy of it again.
         held = [index for index, role in enumerate(roles) if role.held]
 
         def call(*tensors: Tensor) -> FlatResult:
@@ -68,7 +69,7 @@ class NumpyBridge(Bridge):
 
 
 def _to_numpy(arrays: tuple[jax.Array, ...]) -> tuple[Tensor, ...]:
-    # A copy, since a view of a JAX array is read-only; typed PRNG keys have no NumPy form and stay what they are.
+    # A copy, since a view of a JAX array is read-only. Typed PRNG keys have no NumPy form and stay.
     return tuple(
         array if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended) else np.array(array)
         for array in arrays

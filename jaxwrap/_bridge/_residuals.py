@@ -40,7 +40,7 @@ def _is_worth_keeping(primitive: Any, *operands: Any, **_: Any) -> bool:
 
 
 def _is_large(array: Any) -> bool:
-    # A size is no number while TensorFlow's graph has it unknown.
+    # A size is a symbol while TensorFlow's graph does not know it.
     return isinstance(array.size, int) and array.size * array.dtype.itemsize > _SMALL
 
 
@@ -61,6 +61,8 @@ class Linearized:
 
     def __call__(self, *arrays: Array) -> tuple[FlatResult, list[Array], Static]:
         restricted, primals = restrict(self._fn, self._wrt, arrays)
+        # Forward and backward are compiled apart, so XLA cannot merge what both compute. The barriers of `prevent_cse`
+        # would cost time for nothing.
         try:
             frugal = jax.checkpoint(restricted, policy=_is_worth_keeping, prevent_cse=False)
             floats, pullback, (others, aux, static) = jax.vjp(frugal, *primals, has_aux=True)
@@ -73,6 +75,7 @@ class Linearized:
         # The caller still has the arguments, so their places are enough.
         arguments = {id(array): index for index, array in enumerate(arrays)}
         places = [arguments.get(id(leaf)) for leaf in leaves]
+        # A typed key has no form outside of JAX. Its data have, and `Pullback` makes a key of them again.
         keys = {
             index: jax.random.key_impl(leaf)
             for index, leaf in enumerate(leaves)
@@ -81,6 +84,7 @@ class Linearized:
         residuals = []
         for index, leaf in enumerate(leaves):
             if places[index] in self._states:
+                # The caller writes the new state into this memory before the backward call.
                 residuals.append(jnp.copy(leaf))
                 places[index] = None
             elif places[index] is None:
@@ -111,6 +115,7 @@ class Pullback:
         for index, impl in self._keys.items():
             leaves[index] = jax.random.wrap_key_data(leaves[index], impl=impl)
         pullback = jax.tree_util.tree_unflatten(self._structure, leaves)
+        # JAX's cotangents of complex numbers are the conjugates of those of TensorFlow and PyTorch.
         gradients = pullback([conjugate(cotangent) for cotangent in remaining])
         return [conjugate(gradient) for gradient in gradients]
 
@@ -127,6 +132,7 @@ class Pullback:
 
     def _pack(self, *arrays: Array) -> tuple[list[Array], list[Array], Static]:
         gradients = self.gradients(*arrays)
+        # Each array that crosses to the backend costs microseconds, so small gradients of one dtype go together.
         small: dict[Any, list[int]] = {}
         for index, gradient in enumerate(gradients):
             if gradient.size and not _is_large(gradient):

@@ -10,6 +10,8 @@ from jax.interpreters.mlir import make_ir_context
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
+from jaxwrap._tracing import TracedValueError
+
 Shape = tuple[int | None, ...]
 
 # Composites (exact gelu among them) hide from TensorFlow's shape refinement what their bodies compute.
@@ -21,6 +23,7 @@ _CALLBACKS = (
     "`model.compile(..., run_eagerly=True)`."
 )
 
+# Without it the pass manager knows none of the passes by name.
 stablehlo.register_stablehlo_passes()
 
 
@@ -47,7 +50,7 @@ def export(
     Args:
         jitted: A function under `jax.jit`.
         specs: The shape and dtype of each argument. A dimension that is None may have any size.
-        platforms: The platforms to lower for, as `jax.export` names them; None for the present one.
+        platforms: The platforms to lower for, as `jax.export` names them. None for the present one.
         version: The StableHLO version to write, such as "1.13.0".
 
     Raises:
@@ -58,11 +61,13 @@ def export(
     for arguments in _symbolic(specs):
         try:
             return export_for(jitted, arguments, platforms, version)
-        except NotImplementedError:
+        # A callback or a foreign call fails for all sizes alike.
+        except (NotImplementedError, TracedValueError):
             raise
         except Exception as raised:
             if all(None not in shape for shape, _ in specs):
                 raise
+            # Later attempts tie sizes that the caller did not tie, and their errors would mislead.
             error = error or raised
     assert error is not None
     received = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
@@ -91,6 +96,7 @@ def export_for(
     try:
         exported = jax.export.export(jitted, platforms=platforms)(*structs)
     except Exception as raised:
+        # JAX has no class of its own for this error.
         if "host_callbacks" in str(raised):
             raise NotImplementedError(_CALLBACKS) from raised
         raise
@@ -118,6 +124,7 @@ def _symbolic(specs: Sequence[tuple[Shape, str]]) -> Iterator[list[jax.ShapeDtyp
     ]
     tried = []
     for names in ways:
+        # With few unknown sizes, several ways tie the same ones, and each attempt traces the function.
         partition = [names.index(name) for name in names]
         if partition in tried:
             continue
@@ -149,6 +156,7 @@ def _serialize(text: str, version: str) -> bytes:
             if _demands_one(call):
                 call.erase()
         passmanager.PassManager.parse(_PASSES).run(module.operation)
+        # JAX 0.12 writes StableHLO 1.18, TensorFlow 2.21 reads up to 1.13.7. Only this function takes a version.
         return stablehlo.serialize_portable_artifact_str(str(module), version)
 
 
@@ -164,6 +172,7 @@ def _custom_calls(operation: Any) -> Iterator[Any]:
 def _check_targets(calls: list[Any]) -> None:
     """Raise NotImplementedError for calls of functions that only JAX's own runtime has, such as LAPACK's."""
     targets = {ir.StringAttr(call.attributes["call_target_name"]).value for call in calls}
+    # LAPACK's kernels, for one, are a part of jaxlib, and TensorFlow cannot call them.
     foreign = sorted(target for target in targets if target.endswith("_ffi"))
     if foreign:
         raise NotImplementedError(

@@ -95,6 +95,7 @@ class _Function:
         self._vjps: dict[tuple[tuple[int, ...], int], _Function] = {}
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
+        # Nothing can be recorded. JAX then reads the memory of the tensors, and nothing has to be converted.
         if tf.executing_eagerly() and not record.could_possibly_record():
             return self._run_eagerly(tensors)
         tensors = tuple(map(_as_tensor, tensors))
@@ -105,6 +106,7 @@ class _Function:
         )
         if not wrt:
             return self._run(tensors)
+        # `tf.custom_gradient` lets nothing but tensors out. The structure takes this way.
         known: list[Any] = []
 
         @tf.custom_gradient
@@ -116,6 +118,7 @@ class _Function:
             known[:] = [len(outputs), static]
 
             def gradient(*cotangents: Tensor) -> list[Tensor]:
+                # The cotangents of `aux` come last, and JAX takes none of integers.
                 received = [
                     cotangent
                     for cotangent, output in zip(cotangents, outputs, strict=False)
@@ -137,6 +140,7 @@ class _Function:
             return self._run_eagerly(tensors)
         tensors = tuple(map(canonical, tensors))
         specs = tuple(map(spec_of, tensors))
+        # Kept by shapes and dtypes. A `tf.function` may trace the same call many times.
         if specs not in self._artifacts:
             self._artifacts[specs] = export(self._jitted, specs, self._platforms, STABLEHLO_VERSION)
         return call_module(self._artifacts[specs], tensors)
@@ -159,6 +163,7 @@ class _Function:
 
     def _halve(self, wrt: tuple[int, ...], specs: tuple[Spec, ...]) -> Halves | None:
         key = (wrt, specs)
+        # None is kept as well: to find out that there are no halves takes an export.
         if key not in self._halves:
             self._halves[key] = export_halves(self._fn, wrt, specs, self._platforms)
         return self._halves[key]
@@ -190,6 +195,7 @@ class _Function:
 
     def _run_eagerly(self, tensors: Sequence[Tensor]) -> FlatResult:
         arrays = list(tensors)
+        # Of exactly this class: a variable of a `tf.distribute` strategy has several handles.
         variables = [index for index in self._held if type(arrays[index]) is ResourceVariable]
         values = _read([arrays[index] for index in variables])
         for index, value in zip(variables, values, strict=True):

@@ -56,6 +56,7 @@ def export_halves(
     Returns:
         The halves, or None if the backward half cannot tell what the unknown sizes are.
     """
+    # No argument is state here: nobody overwrites the tensors of a graph.
     linearized = jax.jit(Linearized(fn, wrt, ()))
     forward = export(linearized, specs, platforms, STABLEHLO_VERSION)
     _, exported = forward

@@ -52,9 +52,12 @@ class TorchBridge(Bridge):
 
     def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
         for copy in host_copies(arrays):
+            # The tensor shares the memory of the copy, which is aligned so that JAX can alias it in its turn.
             yield torch.from_numpy(copy) if copy.dtype.name in _NUMPY_DTYPES.values() else copy
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+        # Torch refuses to change a leaf that requires gradients in place, unless nothing is recorded. One call for all,
+        # since to start an operation takes longer than to copy a small tensor.
         with torch.no_grad():
             torch._foreach_copy_(list(tensors), list(values))
         return True
@@ -90,6 +93,7 @@ class _Aliases:
     def array(self, tensor: Tensor) -> Array:
         """Return the tensor as a JAX array."""
         alias = self._kept.get(tensor)
+        # `from_dlpack` costs about 35 µs. These checks cost little, and notice `tensor.data = other` and a cast.
         if (
             alias is not None
             and alias.pointer == tensor.data_ptr()
@@ -102,6 +106,7 @@ class _Aliases:
         if pointer % ALIGNMENT or not tensor.is_contiguous():
             return _to_jax(tensor)  # JAX copies it anyway
         array = _from_dlpack(tensor)
+        # If JAX has copied all the same, the array would not follow what torch writes.
         if array.unsafe_buffer_pointer() == pointer:
             self._kept.put(tensor, _Alias(array, pointer, tensor.shape, tensor.dtype))
         return array
@@ -124,6 +129,7 @@ class _Function:
     def __call__(self, *tensors: Tensor) -> FlatResult:
         tensors = tuple([t if isinstance(t, torch.Tensor) else _as_tensor(t) for t in tensors])
         if not all(tensor.is_cpu for tensor in tensors):
+            # Keras infers shapes on torch by calling a layer on `meta` tensors.
             if any(tensor.is_meta for tensor in tensors):
                 return self._infer(tensors)
             _check_devices(tensors)
@@ -187,11 +193,13 @@ class _Record(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function: _Function, wrt, counted, *tensors):  # type: ignore[override]
+        # JAX arrays cannot go through `save_for_backward`. On `ctx` they live as long as the graph.
         (outputs, aux, static), ctx.residuals, ctx.pullback = function.linearize(wrt, tensors)
         counted += [len(outputs), static]
         outputs, aux = _to_torch(outputs, aux)
         # Torch raises when they are read back in `backward` if one was changed in place, as for its own layers.
         ctx.save_for_backward(*function.kept(tensors))
+        # Else torch would make zeros for `aux` and for integers, which nothing reads.
         ctx.set_materialize_grads(False)
         ctx.function, ctx.wrt = function, wrt
         floats = [output.is_floating_point() or output.is_complex() for output in outputs]
@@ -224,8 +232,10 @@ class _Record(torch.autograd.Function):
             arguments = [ctx.function.array(tensors, index) for index in ctx.pullback.arguments]
             arrays = ctx.pullback.packed(*arguments, *ctx.residuals, *map(_to_jax, received))
             gradients = _gradients([tensors[index] for index in ctx.wrt], *arrays)
+        # `forward` takes three arguments before the tensors.
         result: list[Any] = [None] * (3 + len(tensors))
         for index, gradient in zip(ctx.wrt, gradients, strict=True):
+            # JAX computes in 32 bits for 64, and torch demands the dtype of the tensor.
             dtype = tensors[index].dtype
             result[3 + index] = gradient if gradient.dtype is dtype else gradient.to(dtype)
         return tuple(result)
@@ -249,12 +259,14 @@ def _gradients(
 def _as_tensor(value: Any) -> Tensor:
     if isinstance(value, jax.Array):
         return torch.from_dlpack(value)
+    # A copy, since torch would share the memory of an array that may be read-only.
     return torch.from_numpy(np.array(value))
 
 
 def _to_jax(tensor: Tensor) -> Array:
     """Convert a tensor to a NumPy view where JAX can read that, since it takes less time than dlpack."""
     if tensor.is_cpu and tensor.dtype in _NUMPY_DTYPES and _jax_is_on_cpu():
+        # A tensor may be the conjugate or the negative of its memory: a bit says so, which JAX does not see.
         return tensor.detach().resolve_conj().resolve_neg().numpy()
     return _from_dlpack(tensor)
 

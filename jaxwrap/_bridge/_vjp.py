@@ -1,4 +1,4 @@
-"""The vjp of a flat function as a flat function, and what the bridges need to build one."""
+"""The vjp of a flat function as a flat function, and helpers of the bridges to build one."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def own_outputs(fn: FlatFunction) -> FlatFunction:
     """
 
     def owning(*arrays: Array) -> FlatResult:
+        # By identity: under `jax.jit` an output that is an argument is the same tracer.
         arguments = set(map(id, arrays))
         outputs, aux, static = fn(*arrays)
         outputs, aux = (

@@ -1,4 +1,4 @@
-"""What a layer needs of a model of some JAX library."""
+"""`Adapter`: a model of some JAX library, as a layer needs it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CallResult:
     metrics: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     def finished(self) -> CallResult:
-        """Check the outputs, and sums up losses and metrics, each to a float32 scalar.
+        """Check the outputs, and sum up losses and metrics, each to a float32 scalar.
 
         Raises:
             TypeError: If an output is not an array.
@@ -52,6 +52,7 @@ class CallResult:
         return CallResult(
             jax.tree_util.tree_map_with_path(_to_array, self.outputs),
             self.state,
+            # In float32, whatever the compute dtype: sums in 16 bits lose digits, and overflow.
             _total(self.losses),
             {name: jnp.mean(value).astype(jnp.float32) for name, value in self.metrics.items()},
         )
@@ -98,9 +99,9 @@ class Adapter(abc.ABC):
         """Make the initial values.
 
         Args:
-            keys: A raw JAX key; or, if `streams` names streams, a dict with a key for each of them and for "params".
+            keys: A raw JAX key. If `streams` names streams, a dict with a key for each of them and for "params".
             inputs: The argument of the layer, an array or a nest of arrays of ones (zeros for integers and bools),
-                with size 1 where a size is unknown; or, if `signature` names arguments, a dict of them.
+                with size 1 where a size is unknown. If `signature` names arguments, a dict of them.
 
         Returns:
             `(params, state)`, pytrees. None for a model that does not have one of them.
@@ -115,7 +116,7 @@ class Adapter(abc.ABC):
         Args:
             params: The parameters, of the structure that `init` returned.
             state: The state, likewise.
-            keys: As for `init`, without "params"; None where `draws` says that there are no keys.
+            keys: As for `init`, without "params". None where `draws` says that there are no keys.
             inputs: As for `init`, with the values of the call.
             training: Whether this is a call in training.
 
@@ -168,7 +169,7 @@ class Adapter(abc.ABC):
         return self.join(params, state)
 
     def __str__(self) -> str:
-        """The name of the function or the class that the first field holds."""
+        """Return the name of the function or the class that the first field holds."""
         first, *_ = dataclasses.fields(self)  # type: ignore[arg-type]
         model = getattr(self, first.name)
         return getattr(model, "__qualname__", type(model).__qualname__)

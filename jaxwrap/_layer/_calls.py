@@ -14,6 +14,7 @@ import keras
 from jaxwrap._bridge import get_bridge
 from jaxwrap._errors import describe, naming, raise_named
 from jaxwrap._layer import _fast
+from jaxwrap._layer._containers import register_containers
 from jaxwrap._layer._engine import Engine
 from jaxwrap._layer._program import Plan, Result, kind_of
 from jaxwrap._pytree import Structure, describe_difference, partition
@@ -38,14 +39,16 @@ class Calls:
         self._layer = layer
         self._engine = engine
         self._is_direct = type(layer).call is base.call
+        # By thread: `compute_mask` comes right after a call, and two threads may call one layer.
         self._last = threading.local()
         if self._is_direct:
             # Keras learns from its signature what a layer takes.
             call = _with_signature(functools.partial(base.call, layer), engine.inputs.signature)
+            # Past Keras, whose constructor has not run yet.
             object.__setattr__(layer, "call", call)
 
     def enter(self, keras_call: Callable[..., Any], args: Args, kwargs: Kwargs) -> PyTree:
-        """Pass a call on to Keras, or takes the short way around it.
+        """Pass a call on to Keras, or take the short way around it.
 
         Args:
             keras_call: Keras's `__call__` of the layer.
@@ -66,8 +69,10 @@ class Calls:
         if plan is None or not layer.built:
             # Keras passes only shapes to `build`, and its own errors come after it has changed things.
             with naming(describe(layer)):
-                arguments, _ = engine.inputs.bind(args, kwargs)
+                register_containers((args, kwargs))
+                arguments, _ = engine.bind(args, kwargs)
                 specs = engine.read_specs(arguments)
+            # Of two threads that call first, one builds. The other waits for the lock, and finds the layer built.
             if not layer.built:
                 with engine.first_call(specs):
                     return keras_call(*args, **kwargs)
@@ -89,22 +94,21 @@ class Calls:
     def symbolic(self, args: Args, kwargs: Kwargs) -> PyTree:
         """Compute a `keras.KerasTensor` for each output."""
         engine = self._engine
-        arguments, training = engine.inputs.bind(args, kwargs)
+        arguments, training = engine.bind(args, kwargs)
         engine.complete()
         outputs = engine.trace(engine.read_specs(arguments), bool(training))["outputs"]
         self.note_shapes(outputs)
-        return jax.tree_util.tree_map(
-            lambda spec: keras.KerasTensor(spec.shape, spec.dtype), outputs
-        )
+        return _symbols(outputs)
 
     def _plan(self, kind: Any, treedef: Any, leaves: Sequence[Any]) -> Plan:
         """Make the plan for a kind of call, after a look at arguments of another structure than built for."""
         engine, is_tensor = self._engine, get_bridge().is_tensor
-        arguments, training = engine.inputs.bind(*treedef.unflatten(leaves))
+        arguments, training = engine.bind(*treedef.unflatten(leaves))
         _, structure = partition(arguments, is_tensor)
         self._check_structure(arguments, structure, bool(training))
         # Bound in their place, the numbers of the leaves come out in the order of the structure.
-        numbers, _ = engine.inputs.bind(*treedef.unflatten(range(len(leaves))))
+        # Once for each kind of call. Later calls take their tensors by these places, without binding arguments.
+        numbers, _ = engine.bind(*treedef.unflatten(range(len(leaves))))
         places = [n for n in jax.tree_util.tree_leaves(numbers) if is_tensor(leaves[n])]
         return engine.built_program().add(kind, structure, places, training)
 
@@ -128,6 +132,7 @@ class Calls:
     def _run(self, plan: Plan, leaves: Sequence[Any], training: bool) -> PyTree:
         """Call the model. If it raises, nothing has been assigned."""
         engine = self._engine
+        # Not `with naming(...)`: at each call, a context manager would cost more than `try`.
         try:
             result = engine.built_program().run(plan, leaves, training)
             if result.metrics:
@@ -145,6 +150,7 @@ class Calls:
             state = engine.weights.state.variables  # type: ignore[union-attr]
             changed += [state[index] for index in result.state]
             values += result.state.values()
+        # JAX cannot assign a seed while it traces. So calls count their draws, and seeds move here, after the call.
         for generator, count in zip(engine.seeds.generators.values(), result.draws, strict=True):
             if count:
                 changed.append(generator.state)
@@ -167,6 +173,26 @@ class Calls:
     def last_shapes(self) -> list[tuple[int | None, ...]]:
         """Return the shapes of the outputs of the last call."""
         return getattr(self._last, "shapes", [])
+
+
+def _symbols(outputs: PyTree) -> PyTree:
+    """Put a symbolic tensor in the place of each spec.
+
+    Raises:
+        TypeError: If a container refuses them.
+    """
+    try:
+        symbols = jax.tree_util.tree_map(
+            lambda spec: keras.KerasTensor(spec.shape, spec.dtype), outputs
+        )
+    except Exception as error:
+        raise TypeError(
+            f"the model returns a {type(outputs).__name__}, which cannot hold symbolic tensors "
+            f"({type(error).__name__}: {error}). Return a tuple or a dict, or pick one output by `output=` of the "
+            "layer of a module."
+        ) from error
+    register_containers(symbols)
+    return symbols
 
 
 def _with_signature(method: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:

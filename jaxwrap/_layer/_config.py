@@ -1,4 +1,4 @@
-"""What a file holds of a layer, and back."""
+"""A layer ⇄ its config."""
 
 from __future__ import annotations
 
@@ -43,12 +43,14 @@ def note_constructor(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     cls = type(layer)
     is_ours = [m.__module__.startswith("jaxwrap.") for m in (cls.__init__, cls.get_config)]
     if is_ours == [False, True]:
+        # Past Keras, which would track layers and variables among the arguments.
         object.__setattr__(layer, _NOTED, (args, kwargs))
 
 
 def _adapter_config(adapter: Adapter, adapter_class: type[Adapter]) -> dict[str, Any]:
     """Return the fields of the adapter that the layer's constructor makes, or else the adapter as `call_fn`."""
-    if type(adapter) is adapter_class:
+    # Exactly this class: the constructor would make no other one again.
+    if isinstance(adapter, adapter_class):
         return adapter.get_config()
     return {"call_fn": serialize(adapter, "adapter")}
 
@@ -69,6 +71,7 @@ def from_config(cls: Any, config: dict[str, Any], keras_from_config: Callable[..
     with naming(f"{cls.__name__} {config.get('name')!r}"):
         arguments = _read_config(config, cls.adapter_class)
     layer = keras_from_config(arguments)
+    # Shapes in a file may ask for more memory than there is, so `build` checks them first.
     layer._engine.is_from_file = True
     return layer
 
@@ -88,7 +91,7 @@ def _own_constructor_config(layer: Any, arguments: tuple[Any, Any]) -> dict[str,
 
     Args:
         layer: The layer.
-        arguments: What its constructor was called with, by position and by keyword.
+        arguments: The arguments of its constructor, by position and by keyword.
     """
     args, kwargs = arguments
     signature = inspect.signature(type(layer).__init__)
@@ -102,5 +105,6 @@ def _own_constructor_config(layer: Any, arguments: tuple[Any, Any]) -> dict[str,
                 f"cannot be saved: the constructor of {type(layer).__name__} takes `{parameter}` by position only. "
                 "Define `get_config` and `from_config`, or make an adapter (`jaxwrap.Adapter`)."
             )
+    # Keras may have made the name up, and the paths of the variables begin with it.
     bound.setdefault("name", layer.name)
     return {_CONSTRUCTOR: {name: serialize_callable(value, name) for name, value in bound.items()}}

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import keras
-from jax.core import Tracer
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._layer._adapter import Adapter
-from jaxwrap._layer._inputs import Inputs, placeholders
+from jaxwrap._layer._building import init_weights, seen_by_init
+from jaxwrap._layer._containers import restored
+from jaxwrap._layer._draws import Draws
+from jaxwrap._layer._inputs import Inputs
 from jaxwrap._layer._options import Options
-from jaxwrap._layer._program import Draws, Program
+from jaxwrap._layer._program import Program
 from jaxwrap._layer._reports import Reports
 from jaxwrap._layer._seeds import Seeds
 from jaxwrap._layer._shapes import Survey, abstract_result, survey
-from jaxwrap._pytree import is_array, partition, path_str
-from jaxwrap._serialization import check_size
-from jaxwrap._specs import Spec, partition_specs
+from jaxwrap._specs import partition_specs
+from jaxwrap._tracing import explained
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Dtypes, Rules, Weights
 from jaxwrap._weights._files import load, save
@@ -34,10 +33,10 @@ class Engine:
 
     Attributes:
         adapter: The model.
-        inputs: What the layer is called with.
+        inputs: Its arguments.
         seeds: Its seeds.
-        rules: What holds for leaves.
-        options: What else the config holds.
+        rules: Its rules for leaves.
+        options: The other options that the config holds.
         weights: The variables, or None before building.
         specs: The arguments that the layer has been built for, or None before.
         program: The calls, or None before building.
@@ -60,6 +59,7 @@ class Engine:
         self._surveys: dict[bool, Survey] = {}
         self.has_values = False
         self.is_from_file = False
+        # Reentrant, since a first call builds inside of it.
         self.lock = threading.RLock()
         self._layer = layer
         self._pending: dict[str, PyTree] | None = None
@@ -73,6 +73,7 @@ class Engine:
         """
         layer = self._layer
         self.seeds.create(layer)
+        # Set on the layer, because Keras does not look into the engine.
         layer.seed_generator, layer.stream_generators = None, []
         if self.adapter.draws == "in training":
             self._attach_seeds()
@@ -100,13 +101,14 @@ class Engine:
         self.weights = weights
 
     def build(self, input_shape: Any) -> None:
-        """Make the variables, unless their values were given."""
+        """Make the variables, unless they exist."""
         with self.lock:
+            # Keras passes shapes without dtypes. The first call, or a file, knows more.
             specs = self._pending or self.specs
             if specs is None:
                 specs = self.inputs.from_shapes(input_shape, self._layer.variable_dtype)
             if self.weights is None:
-                self._init_weights(specs)
+                init_weights(self, specs)
             self.specs = specs
             if self.program is None:
                 self._make_program(specs)
@@ -131,6 +133,8 @@ class Engine:
 
     def _find_draws(self) -> Draws:
         """Find out in which mode the model draws. If its trace fails, calls look for draws themselves."""
+        if not self._layer._get_call_rng.__func__.__module__.startswith("jaxwrap."):
+            return Draws(None, None)  # a user's class may make keys for any call
         if self.adapter.draws != "always":
             return Draws(None if self.seeds.generators else False, False)
         found = []
@@ -147,25 +151,6 @@ class Engine:
                 self._surveys[training] = survey(self, training)
         return self._surveys[training]
 
-    def _init_weights(self, specs: dict[str, PyTree]) -> None:
-        if self.is_from_file:
-            self._check_sizes(specs)
-        with jax.ensure_compile_time_eval():
-            params, state = self.init(placeholders(specs))
-        traced = [
-            path_str(path)
-            for path, leaf in jax.tree_util.tree_leaves_with_path((params, state))
-            if isinstance(leaf, Tracer)
-        ]
-        if traced:
-            raise ValueError(
-                "the layer is being built inside a JAX trace, and `init_fn` makes values that exist only in that trace "
-                f"({', '.join(traced)}). Build it before: `layer.build(input_shape)`, or call it once outside of "
-                "`jax.jit`."
-            )
-        with jax.ensure_compile_time_eval():
-            self.create_weights(params, state)
-
     @contextlib.contextmanager
     def first_call(self, specs: dict[str, PyTree]) -> Iterator[None]:
         """Build in this scope for arguments with dtypes, which Keras does not pass to `build`.
@@ -174,9 +159,10 @@ class Engine:
         """
         with self.lock:
             had_weights = self.weights is not None
-            self._pending = None if self._layer.built else self._seen_by_init(specs)
+            self._pending = None if self._layer.built else seen_by_init(self._layer, specs)
             try:
                 yield
+            # An interrupt, too, must not leave half of a layer.
             except BaseException:
                 if self.weights is not None and not had_weights:
                     self._unbuild(self.weights)
@@ -188,6 +174,7 @@ class Engine:
         layer = self._layer
         for variable in weights.variables:
             layer._untrack_variable(variable)
+        # Keras locks it after `build`, which has to run again.
         layer._tracker.unlock()
         layer.tracked_params, layer.tracked_state = [], []
         self.weights = self.program = self.specs = None
@@ -196,9 +183,11 @@ class Engine:
 
     def init(self, arguments: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
         """Call the adapter's `init`, always with the same keys."""
+        # Keras may trace `init` for shapes before. The values must not depend on how often.
         self.seeds.restart()
         keys = self.seeds.to_keys(self._layer._get_init_rng())
-        made = self.adapter.init(keys, self.inputs.for_adapter(arguments))
+        with explained():
+            made = self.adapter.init(keys, self.inputs.for_adapter(arguments))
         if not isinstance(made, tuple) or len(made) != 2:
             raise TypeError(
                 f"`{type(self.adapter).__name__}.init` must return `(params, state)`; it returned a "
@@ -206,33 +195,24 @@ class Engine:
             )
         return made
 
-    def _check_sizes(self, specs: dict[str, PyTree]) -> None:
-        """Raise ValueError if inputs or weights do not fit into memory: their shapes come from a file."""
-        known, structure = partition_specs(specs)
-        inputs = [jax.ShapeDtypeStruct(spec.fill(1), spec.dtype) for spec in known]
-
-        def arrays_of(inputs: list[Any]) -> list[Any]:
-            return partition(self.init(structure.unflatten(inputs)), is_array)[0]
-
-        arrays = (*inputs, *jax.eval_shape(arrays_of, inputs))
-        check_size(sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays))
-
-    def _seen_by_init(self, specs: PyTree) -> PyTree:
-        """Set the precision of the variables for floats, which Keras casts for each call."""
-        layer = self._layer
-
-        def cast(leaf: Any) -> Any:
-            is_float = isinstance(leaf, Spec) and jnp.issubdtype(leaf.dtype, jnp.floating)
-            return Spec(leaf.shape, layer.variable_dtype) if is_float and layer.autocast else leaf
-
-        return jax.tree_util.tree_map(cast, specs)
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, PyTree], bool | None]:
+        """Bind the arguments of a call, in the containers that the layer was built for."""
+        arguments, training = self.inputs.bind(args, kwargs)
+        if self.specs is not None:
+            arguments = {
+                name: restored(tree, self.specs[name]) if name in self.specs else tree
+                for name, tree in arguments.items()
+            }
+        return arguments, training
 
     def read_specs(self, arguments: dict[str, PyTree]) -> dict[str, PyTree]:
         """Describe arguments by their shapes and dtypes."""
         return self.inputs.specs(arguments, _read_spec)
 
     def built_weights(self) -> Weights:
-        """Return the variables, or raises ValueError before building."""
+        """Return the variables. ValueError before building."""
         if self.weights is None:
             raise ValueError(
                 "the layer has no weights yet. Call it, or build it: `layer.build(input_shape)`."
@@ -240,7 +220,7 @@ class Engine:
         return self.weights
 
     def built_program(self) -> Program:
-        """Return the calls, or raises ValueError before building."""
+        """Return the calls. ValueError before building."""
         self.built_weights()
         assert self.program is not None
         return self.program
@@ -251,12 +231,12 @@ class Engine:
             self.reports.means()
 
     def save(self, store: Any) -> None:
-        """Write weights and seeds to what Keras gives to `save_own_variables`."""
+        """Write weights and seeds to the store that Keras passes to `save_own_variables`."""
         weights = {} if self.weights is None else self.weights.by_path()
         save(store, weights, self.seeds.states())
 
     def load(self, store: Any) -> None:
-        """Read weights and seeds from what Keras gives to `load_own_variables`."""
+        """Read weights and seeds from the store that Keras passes to `load_own_variables`."""
         if self.weights is not None or store.keys():
             weights = self.built_weights()
             load(store, weights.by_path(), weights.in_order(), self.seeds.states())
@@ -267,7 +247,7 @@ class Engine:
         return self.adapter.checkpoint_tree(weights.params.paths(), weights.state.paths())
 
     def build_config(self) -> dict[str, Any] | None:
-        """Return what the layer was built for as JSON, or None if it cannot be represented."""
+        """Return the arguments that the layer was built for as JSON, or None if they cannot be represented."""
         return None if self.specs is None else self.inputs.to_config(self.specs)
 
     def build_from_config(self, config: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Keras prepares each call for what may be there: casts, masks, symbolic tensors, an unbuilt layer, layouts,
 regularizers. For a small model that takes as long as the model itself. After one call of a kind has gone the whole
-way and needed nothing of it, what is left for the next one is to look at the context, and that is done here.
+way and needed nothing of it, the next one only has to look at the context. This module does so.
 This mirrors `Layer.__call__` by its private names, so it is used only on versions of Keras whose source has been read.
 """
 
@@ -25,7 +25,7 @@ _IS_READ = keras.__version__ in READ_SOURCES
 
 
 class Route(NamedTuple):
-    """What a layer had when a call of some kind went the whole way. A change of any of it closes the short way."""
+    """The settings of a layer when a call of some kind went the whole way. A change of one closes the short way."""
 
     policy: Any
     autocast: bool
@@ -40,7 +40,7 @@ class Route(NamedTuple):
 def learn(
     layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Iterable[Any]
 ) -> Route | None:
-    """Return the short way for calls of this kind, after one has gone the whole way; None if there is no such way."""
+    """Return the short way for calls of this kind, after one has gone the whole way, or None."""
     if (
         _IS_READ
         and len(args) == 1
@@ -56,11 +56,13 @@ def learn(
 def is_open(route: Route, layer: Any, leaves: Iterable[Any]) -> bool:
     """Whether a call may take the short way now."""
     return (
+        # Written out, since `Route.of` would take a good part of the time that is saved.
         route == (layer.dtype_policy, layer.autocast, layer.__dict__.get("call"))
         and layer.activity_regularizer is None
         and layer.input_spec is None
         and not in_stateless_scope()
         and get_global_attribute("distribution") is None
+        # Not the attribute: on NumPy, Keras keeps masks in a table of its own.
         and all(backend.get_keras_mask(leaf) is None for leaf in leaves)
     )
 
@@ -87,6 +89,7 @@ def raise_as_keras(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
 
+    # Keras binds the arguments to it, to print them.
     fail.__signature__ = signature  # type: ignore[attr-defined]
     name = f"{type(layer).__name__}.call()"
     traceback_utils.inject_argument_info_in_traceback(fail, name)(*args, training=training)

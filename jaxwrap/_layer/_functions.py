@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jaxwrap._errors import check_types
@@ -35,19 +35,26 @@ class Functions(Adapter):
     init_fn: Callable[..., Any] | None = None
     call_arguments: Sequence[str] = ("inputs",)
     training_argument: str | None = AUTO
+    rng_in_inference: bool = False
 
     def __post_init__(self) -> None:
+        # A config makes a list of it.
         object.__setattr__(self, "call_arguments", tuple(self.call_arguments))
         _ = self._parsed  # raises early
 
+    # Cached past the frozen dataclass, and not a field: a file holds all fields.
     @functools.cached_property
     def _parsed(self) -> _Parsed:
         parameters = parameters_of(self.call_fn, "call_fn")
-        by_keras = "mask" in parameters and "mask" not in self.call_arguments
-        names = (*self.call_arguments, "mask") if by_keras else tuple(self.call_arguments)
+        # Keras finds `mask` in the signature of `call`, and passes the mask of the first argument.
         flag = find_train_flag(parameters, self.training_argument)
         flag_name = flag.name if flag else "training"
-        allowed = dict.fromkeys((*_OWN_ARGUMENTS, *names, flag_name, "training"))
+        fed = self._fed_names(parameters, {flag_name, "training"})
+        by_keras = "mask" in parameters and "mask" not in fed
+        names = (*fed, "mask") if by_keras else fed
+        own = tuple(name for name in _OWN_ARGUMENTS if name not in names)
+        rng = _rng_name(parameters, names)
+        allowed = dict.fromkeys((*own, rng, *names, flag_name, "training"))
         call = Signature(self.call_fn, "call_fn", allowed, names)
         training = parameters.get("training")
         has_default = training is None or training.default is not training.empty
@@ -55,38 +62,60 @@ class Functions(Adapter):
             raise ValueError(
                 f"`training_argument` is {self.training_argument!r}, so `training` of `call_fn` needs a default."
             )
-        fed = [
+        taken = [
             parameters[name].replace(default=None)
             if by_keras and name == "mask"
             else parameters[name]
             for name in names
         ]
-        return _Parsed(call, flag, _signature(fed), *self._parse_init(flag, names), by_keras)
+        variables = tuple(n for n in ("params", "state") if n in parameters and n not in names)
+        init, init_flag, renamed = self._parse_init(flag, names)
+        signature = _signature(taken)
+        return _Parsed(call, flag, signature, variables, rng, init, init_flag, renamed, by_keras)
+
+    def _fed_names(
+        self, parameters: Mapping[str, inspect.Parameter], flags: Collection[str]
+    ) -> tuple[str, ...]:
+        """The names of what the caller passes: `call_arguments`, or the only other argument that is required."""
+        fed = tuple(self.call_arguments)
+        if fed != ("inputs",) or "inputs" in parameters:
+            return fed
+        known = {*_OWN_ARGUMENTS, "key", "mask", *flags}
+        unknown = [name for name, p in parameters.items() if name not in known and _is_required(p)]
+        return tuple(unknown) if len(unknown) == 1 else fed
 
     def _parse_init(
         self, call_flag: TrainFlag | None, names: Sequence[str]
-    ) -> tuple[Signature | None, TrainFlag | None]:
+    ) -> tuple[Signature | None, TrainFlag | None, dict[str, str]]:
+        """The signature of `init_fn`, its train flag, and what it calls arguments that `call_fn` calls otherwise."""
         if self.init_fn is None:
-            return None, None
+            return None, None, {}
         parameters = parameters_of(self.init_fn, "init_fn")
         # A flag that is named by hand is that of `call_fn`. `init_fn` need not have it.
         flag = None if self.training_argument == AUTO else call_flag
         own = None
         if flag is None or flag.name in parameters:
             own = find_train_flag(parameters, self.training_argument)
-        allowed = ("rng", *names, own.name if own else "training")
-        required = [name for name in names if name == "inputs"]
-        return Signature(self.init_fn, "init_fn", allowed, required), own
+        rng = _rng_name(parameters, names)
+        known = (rng, *names, own.name if own else "training")
+        unknown = [n for n, p in parameters.items() if n not in known and _is_required(p)]
+        renamed = {rng: "rng"}
+        if len(unknown) == len(names) == 1 and names[0] not in parameters:
+            renamed[unknown[0]] = names[0]
+        required = [name for name in names if name == "inputs" and name not in renamed.values()]
+        return Signature(self.init_fn, "init_fn", (*known, *renamed), required), own, renamed
 
     @property
     def draws(self) -> str:  # type: ignore[override]
-        """Keys are for training only, as in Keras, and for a `call_fn` that takes `rng`."""
-        return "in training" if "rng" in self._parsed.call else "never"
+        """For a `call_fn` that takes `rng`: in training, as in Keras, unless `rng_in_inference` is set."""
+        if self._parsed.rng not in self._parsed.call:
+            return "never"
+        return "always" if self.rng_in_inference else "in training"
 
     @property
     def variables(self) -> tuple[str, ...]:
         """Those of "params" and "state" that `call_fn` takes."""
-        return tuple(name for name in ("params", "state") if name in self._parsed.call)
+        return self._parsed.variables
 
     def check_values(self, params: PyTree, state: PyTree) -> None:
         """Raise ValueError if nothing makes the params or the state that `call_fn` takes."""
@@ -99,7 +128,7 @@ class Functions(Adapter):
 
     def signature(self) -> inspect.Signature:
         """The `call_arguments`, and `mask` if `call_fn` takes it."""
-        return self._parsed.fed
+        return self._parsed.signature
 
     def initial(self) -> tuple[PyTree, PyTree] | None:
         """A `call_fn` without params and state has nothing to make."""
@@ -111,6 +140,7 @@ class Functions(Adapter):
         assert self.init_fn is not None
         assert parsed.init is not None
         values = {"rng": keys, **self._with_mask(inputs)}
+        values |= {own: values[name] for own, name in parsed.renamed.items()}
         if parsed.init_flag:
             values[parsed.init_flag.name] = parsed.init_flag.value(True)
         made = parsed.init.call(self.init_fn, values)
@@ -128,10 +158,18 @@ class Functions(Adapter):
     ) -> CallResult:
         """Call `call_fn`."""
         parsed = self._parsed
-        values = {"params": params, "state": state, "rng": keys, **self._with_mask(inputs)}
+        values = {"params": params, "state": state, parsed.rng: keys, **self._with_mask(inputs)}
         if parsed.flag:
             values[parsed.flag.name] = parsed.flag.value(training)
-        result = parsed.call.call(self.call_fn, values)
+        try:
+            result = parsed.call.call(self.call_fn, values)
+        except TypeError as error:
+            if keys is None and self.draws == "in training" and "NoneType" in str(error):
+                raise TypeError(
+                    f"`{parsed.rng}` is None in inference, as in Keras, and `call_fn` needs it ({error}). Pass "
+                    "`rng_in_inference=True` for a key in every call, or do not draw unless `training`."
+                ) from error
+            raise
         if isinstance(result, CallResult):
             return result
         if "state" in self.variables:
@@ -147,6 +185,7 @@ def as_adapter(
     init_fn: Callable[..., Any] | None,
     call_arguments: Sequence[str],
     training_argument: str | None,
+    rng_in_inference: bool,
     params: PyTree,
     state: PyTree,
 ) -> Adapter:
@@ -156,8 +195,9 @@ def as_adapter(
     check_types(
         call_arguments=(call_arguments, "a tuple of names"),
         training_argument=(training_argument, "a name or None"),
+        rng_in_inference=(rng_in_inference, "a bool"),
     )
-    functions = Functions(call_fn, init_fn, call_arguments, training_argument)
+    functions = Functions(call_fn, init_fn, call_arguments, training_argument, rng_in_inference)
     functions.check_values(params, state)
     return functions
 
@@ -168,10 +208,26 @@ class _Parsed:
 
     call: Signature
     flag: TrainFlag | None
-    fed: inspect.Signature
+    signature: inspect.Signature
+    variables: tuple[str, ...]
+    rng: str
     init: Signature | None
     init_flag: TrainFlag | None
+    renamed: Mapping[str, str]
     mask_by_keras: bool
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    variadic = (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and parameter.kind not in variadic
+
+
+def _rng_name(parameters: Mapping[str, inspect.Parameter], names: Collection[str]) -> str:
+    """The name of the key: `rng`, or `key` for a function that takes that instead. Empty if the caller passes `rng`."""
+    if "rng" in names:
+        return ""
+    is_key = "key" in parameters and "rng" not in parameters and "key" not in names
+    return "key" if is_key else "rng"
 
 
 def _signature(parameters: Sequence[inspect.Parameter]) -> inspect.Signature:

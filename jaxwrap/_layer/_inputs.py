@@ -9,12 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxwrap._serialization import deserialize, register_serializable, serialize
 from jaxwrap._specs import Spec, placeholder, read_spec, specs_from_shapes
 from jaxwrap._typing import PyTree
 
 _Parameter = inspect.Parameter
 _STATIC = (bool, int, float, str, type(None))
+# The key of a config whose arguments stand in containers that JSON does not have.
+_CONTAINERS = "containers"
 _ONE = inspect.Signature([_Parameter("inputs", _Parameter.POSITIONAL_OR_KEYWORD)])
+
+
+register_serializable("jaxwrap")(Spec)
 
 
 class Inputs:
@@ -41,6 +47,7 @@ class Inputs:
         ]
         if not parameters:
             raise ValueError("a Keras layer has at least one argument; received none.")
+        # Of the kind of the argument before it, as in a signature the kinds come in order.
         training = _Parameter("training", parameters[-1].kind, default=False)
         self.names = tuple(parameter.name for parameter in parameters)
         self.signature = inspect.Signature([*parameters, training])
@@ -117,10 +124,15 @@ class Inputs:
         """Describe the first argument alone, from a nest of shapes: see `specs_from_shapes`."""
         return {self.names[0]: specs_from_shapes(shapes, dtypes)}
 
-    def to_config(self, specs: dict[str, PyTree]) -> dict[str, Any] | None:
-        """Return specs as JSON, or None if they cannot be represented."""
+    def to_config(self, specs: dict[str, PyTree]) -> dict[str, Any]:
+        """Return specs as JSON.
+
+        Raises:
+            TypeError: For a container whose class is not registered. The error names it.
+        """
         if not all(map(_is_plain, specs.values())):
-            return None
+            # The first one on top, under Keras's own key, which Keras reads too.
+            return {_CONTAINERS: {name: serialize(tree, name) for name, tree in specs.items()}}
         first, *others = self.names
         config = _describe(specs.get(first))
         more = {name: _describe(specs[name]) for name in others if name in specs}
@@ -128,6 +140,8 @@ class Inputs:
 
     def from_config(self, config: dict[str, Any], dtype: str) -> dict[str, PyTree]:
         """Read the result of `to_config`. A config without a dtype means `dtype`."""
+        if _CONTAINERS in config:
+            return {name: deserialize(tree, name) for name, tree in config[_CONTAINERS].items()}
         first = {self.names[0]: config}
         return {
             name: part["value"]
@@ -154,11 +168,11 @@ def _describe(tree: PyTree) -> dict[str, Any]:
 
 
 def _is_plain(tree: PyTree) -> bool:
-    """Whether a tree is a plain value, or nests specs in dicts, lists and tuples only."""
+    """Whether a tree is a plain value, or nests specs in dicts and lists only. JSON makes lists of tuples."""
     return isinstance(tree, _STATIC) or _is_nest(tree)
 
 
 def _is_nest(tree: PyTree) -> bool:
     if type(tree) is dict:
         return all(isinstance(key, str) and _is_nest(value) for key, value in tree.items())
-    return isinstance(tree, Spec) or (type(tree) in (list, tuple) and all(map(_is_nest, tree)))
+    return isinstance(tree, Spec) or (type(tree) is list and all(map(_is_nest, tree)))

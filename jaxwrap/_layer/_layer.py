@@ -31,8 +31,8 @@ class JaxLayer(keras.layers.Layer):
 
     - `params`: the trainable parameters, a pytree.
     - `state`: the non-trainable state, a pytree. `call_fn` then returns `(outputs, new_state)`.
-    - `rng`: a key as `jax.random.PRNGKey` makes it, new at every call in training; None in inference.
-    - `inputs` (required): one array, or any nest of arrays. `call_arguments` names others in its place.
+    - `rng`, or `key`: as `jax.random.PRNGKey` makes it, new at every call in training; None in inference.
+    - `inputs` (required): any nest of arrays. `call_arguments`, or its only other name, stand in its place.
     - `training`: a Python bool; or another usual name of the train flag, `deterministic` and the like included.
     - `mask`: the Keras mask of the inputs, a bool array, or None.
 
@@ -44,8 +44,7 @@ class JaxLayer(keras.layers.Layer):
     Args:
         call_fn: The function to wrap; or an `Adapter`, which stands for both functions.
         init_fn: Makes the initial `params` (and `state`). May be left out if `params` or `state` is passed.
-        params: Initial trainable parameters. They are copied.
-        state: Initial non-trainable state. It is copied.
+        params, state: Initial parameters, which are trained, and initial state. They are copied.
         seed: An integer. None draws one, repeatably under `keras.utils.set_random_seed`.
         native_serialization_platforms: The platforms ("cpu", "cuda", "rocm", "tpu") of a TensorFlow graph of this
             layer. None for the present one. Other backends ignore it.
@@ -53,8 +52,9 @@ class JaxLayer(keras.layers.Layer):
             `call_fn` may be left out. `init_fn` gets those that it names.
         training_argument: The train flag of `call_fn`. By default the first of the usual names that it has. "frozen"
             names another one, "!frozen" one that is True in inference. With None its own default holds.
-        rules: A `Rule` by a pattern of paths, `{".*/kernel": Rule(...)}`: a regular expression for the whole path below
-            the layer. All rules that match apply, later ones over earlier ones.
+        rules: A `Rule` by a regular expression for whole paths below the layer, `{".*/kernel": Rule(...)}`. All rules
+            that match apply, later ones over earlier ones.
+        rng_in_inference: Whether `call_fn` gets keys in inference too.
         update_state_in_inference: Whether the new state is kept in inference too, as Keras does.
         supports_masking: Whether the mask of the first argument goes on to outputs that have its axes.
         key_impl: The implementation of typed keys, such as "threefry2x32" or "rbg". With None keys are raw keys.
@@ -63,13 +63,8 @@ class JaxLayer(keras.layers.Layer):
         **kwargs: What every `keras.layers.Layer` takes: `name`, `dtype`, `trainable`, ...
 
     Attributes:
-        params: The parameters, with a `keras.Variable` for each array or number. None until built.
-        state: Likewise, the state.
+        params, state: The pytrees, with a `keras.Variable` for each array or number. None until built.
         adapter: The adapter of the model.
-
-    Raises:
-        ValueError: If a function lacks a required argument or has an unknown one, or if nothing makes `params` or
-            `state` that `call_fn` takes.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, jaxwrap
@@ -99,6 +94,7 @@ class JaxLayer(keras.layers.Layer):
         *,
         call_arguments: Sequence[str] = ("inputs",),
         training_argument: str | None = AUTO,
+        rng_in_inference: bool = False,
         rules: Mapping[str, Rule] | Iterable[tuple[str, Rule]] | None = None,
         update_state_in_inference: bool = True,
         supports_masking: bool = False,
@@ -111,8 +107,10 @@ class JaxLayer(keras.layers.Layer):
             options = Options.checked(
                 seed, native_serialization_platforms, key_impl, keep_dtypes, kwargs
             )
-            adapter = as_adapter(call_fn, init_fn, call_arguments, training_argument, params, state)
+            options_of_call = (call_arguments, training_argument, rng_in_inference)
+            adapter = as_adapter(call_fn, init_fn, *options_of_call, params, state)
             engine = Engine(self, adapter, Rules(rules), options)
+            # Before Keras's constructor, which reads the signature of `call`.
             calls = Calls(self, engine, JaxLayer)
             super().__init__(**kwargs)
             self.supports_masking = supports_masking
@@ -121,6 +119,7 @@ class JaxLayer(keras.layers.Layer):
             self.call_fn = getattr(adapter, "call_fn", adapter.call)
             self.init_fn = getattr(adapter, "init_fn", adapter.init)
             self._engine, self._calls = engine, calls
+            # AutoGraph would rewrite the Python code below, and `torch.compile` trace it.
             self._enter = get_bridge().opaque(functools.partial(calls.enter, super().__call__))
             engine.attach(params, state)
 
@@ -163,6 +162,7 @@ class JaxLayer(keras.layers.Layer):
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
+        # This sets all variables, so leaves that are frozen have to be set back after it.
         keras.layers.Layer.trainable.fset(self, value)  # pyright: ignore[reportOptionalCall]
         if self._engine.weights is not None:
             self._engine.weights.set_trainable(bool(value))
@@ -228,6 +228,7 @@ class JaxLayer(keras.layers.Layer):
         """Make the variables, for the shape of the first argument, or a nest of shapes."""
         self._engine.build(input_shape)
 
+    @door
     def get_build_config(self) -> dict[str, Any] | None:
         """Return the shapes and dtypes of the arguments that the layer was built for."""
         return self._engine.build_config()

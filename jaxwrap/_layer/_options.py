@@ -38,6 +38,7 @@ class Options(NamedTuple):
         Raises:
             ValueError: For one of another type, or a key implementation that JAX does not have.
         """
+        # Whoever passes `dtype` wants that dtype.
         if keep_dtypes is None:
             keep_dtypes = keras_arguments.get("dtype") is None
         check_types(

@@ -1,38 +1,24 @@
-"""One call of a layer as a flat function, which a bridge takes to its backend.
-
-layer(x, training=True)                              tensors
-│  kind of the call ─▶ Plan: where the tensors are, and the structure of all else
-▼
-[params..., state..., seeds..., inputs...]           the one order: `_Order`
-│  bridge
-▼
-flat(*arrays):  seeds ─▶ keys;  decode params and state;  rebuild the inputs
-adapter.call(...) ─▶ CallResult;  encode the state that has changed
-▼
-outputs = leaves of Flowing(outputs, loss)           gradients flow
-aux     = leaves of Kept(state, metrics)             no gradient flows
-static  = Outcome: both structures, and the draws    known once it has been traced
-"""
+"""One call of a layer as a flat function, which a bridge takes to its backend."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import keras
-from jax.extend.core import jaxpr_as_fun
-from jax.interpreters.partial_eval import dce_jaxpr
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from jaxwrap._bridge import BridgedFunction, get_bridge
 from jaxwrap._layer._adapter import Adapter, CallResult
+from jaxwrap._layer._draws import Draws, call_and_look
 from jaxwrap._layer._fast import Route
 from jaxwrap._layer._inputs import Inputs
 from jaxwrap._layer._seeds import Generator, drawing
 from jaxwrap._pytree import Structure, is_array, partition, static_key
+from jaxwrap._tracing import explained
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static, Tensor
 from jaxwrap._weights import Weights
 from jaxwrap._weights._variables import current_values
@@ -83,6 +69,24 @@ class Result(NamedTuple):
     draws: tuple[int, ...]
 
 
+# One call, from top to bottom:
+#
+#   layer(x, training=True)                              tensors
+#   │  kind of the call ─▶ Plan: where the tensors are, and the structure of all else
+#   ▼
+#   [params..., state..., seeds..., inputs...]           the one order: `_Order`
+#   │  bridge
+#   ▼
+#   flat(*arrays):  seeds ─▶ keys;  decode params and state;  rebuild the inputs
+#   adapter.call(...) ─▶ CallResult;  encode the state that has changed
+#   ▼
+#   outputs = leaves of Flowing(outputs, loss)           gradients flow
+#   aux     = leaves of Kept(state, metrics)             no gradient flows
+#   static  = Outcome: both structures, and the draws    known once it has been traced
+#
+# JAX traces `flat`, so it may touch nothing outside but its arguments: variables, seeds and inputs all come in there.
+
+
 @dataclasses.dataclass
 class Plan:
     """What is known of one kind of call.
@@ -102,16 +106,6 @@ class Plan:
     route: Route | None = None
 
 
-class Draws(NamedTuple):
-    """Whether the results of a call depend on its keys, for the arguments that the layer was built for.
-
-    None stands for what is not known.
-    """
-
-    training: bool | None
-    inference: bool | None
-
-
 class _Order:
     """The order of the tensors of a call: parameters, state, seeds, inputs."""
 
@@ -121,6 +115,8 @@ class _Order:
             *weights.variables,
             *(generator.state for generator in generators),
         ]
+        paths = [leaf.path for leaf in weights.leaves for _ in leaf.variables]
+        self._names = [*paths, *("rng" for _ in generators)]
         seeds = len(self._held) - len(generators)
         self._ends = (len(self._params), seeds, len(self._held))
 
@@ -140,6 +136,18 @@ class _Order:
             *(Role.STATE for _ in range(held - params)),
             *(Role.INPUT for _ in range(inputs)),
         )
+
+    def named(self, inputs: Sequence[str]) -> dict[str, str]:
+        """Return the names of the tensors, by what JAX calls them in the function of `_flat_function`."""
+        names = [*self._names, *inputs]
+        flat = {f"arrays[{place}]": name for place, name in enumerate(names)}
+        params, state, _, fed = self.split(names)
+        groups = enumerate((params, state, fed))
+        return flat | {
+            f"rest[{group}][{place}]": name
+            for group, part in groups
+            for place, name in enumerate(part)
+        }
 
     def split(self, arrays: Sequence[Array]) -> tuple[Sequence[Array], ...]:
         """Split them into parameters, state, seeds and inputs."""
@@ -195,6 +203,7 @@ class Program:
         self, kind: Any, structure: Structure, places: Sequence[int], training: bool | None
     ) -> Plan:
         """Make the plan for a kind of call."""
+        # JAX itself tells the dtypes and shapes of one structure apart. To share saves a second compilation.
         alike = (plan.functions for plan in self.plans.values() if plan.structure == structure)
         plan = Plan(structure, places, training, next(alike, {}))
         if len(self.plans) >= _MAX_PLANS:
@@ -205,6 +214,7 @@ class Program:
     def run(self, plan: Plan, leaves: Sequence[Any], training: bool) -> Result:
         """Call the model on the leaves of a call of the plan's kind."""
         fed = [leaves[place] for place in plan.places]
+        # Roles depend on what is trained, and users freeze and thaw parameters between calls.
         key = (training, self._orders[True].trained())
         function = plan.functions.get(key)
         if function is None:
@@ -228,7 +238,10 @@ class Program:
     def _flat_function(
         self, arguments: Structure, training: bool, order: _Order, draws: bool | None
     ) -> FlatFunction:
+        names = order.named(arguments.array_paths())
+
         def flat(*arrays: Array) -> FlatResult:
+            # The states are arguments. Read from the variables, JAX would compile them in as constants.
             params, state, seeds, fed = order.split(arrays)
             # Keys that nothing depends on may be any keys.
             states = seeds or [jnp.zeros(2, jnp.uint32) for _ in self._generators]
@@ -237,7 +250,8 @@ class Program:
 
             def call(keys: PyTree, rest: PyTree) -> tuple[Flowing, Kept]:
                 params, state, fed = rest
-                return self._call(params, state, keys, arguments.unflatten(fed), training)
+                fed = arguments.unflatten(fed)
+                return self._call(params, state, keys, fed, training, names)
 
             rest = (params, state, fed)
             # In a symbolic scope Keras asks for shapes only, and to look for draws takes longer.
@@ -248,6 +262,8 @@ class Program:
             (flowing, structure), (kept, kept_structure) = (
                 partition(part, is_array) for part in results
             )
+            # A key that nothing uses does not count: inference without randomness leaves the seeds as they are.
+            # Small values only: what `Static` holds lives as long as JAX's caches.
             counts = counted.counts() if drew else (0,) * len(self._generators)
             static = Static(Outcome(structure, kept_structure, counts))
             return FlatResult(tuple(flowing), tuple(kept), static)
@@ -261,27 +277,34 @@ class Program:
         keys: PyTree,
         arguments: dict[str, PyTree],
         training: bool,
+        names: Mapping[str, str],
     ) -> tuple[Flowing, Kept]:
-        old = self._weights.state.decode(state)
+        # A list, since a model may change the containers that it gets in place.
+        old = self._weights.state.decode_leaves(state)
         result = call_adapter(
             self._adapter,
             self._weights.params.decode(params),
-            old,
+            self._weights.state.structure.unflatten(old),
             keys,
             self._inputs.for_adapter(arguments),
             training,
+            names=names,
         )
+        # Only what has changed comes back. Each array costs time on its way to the backend.
         changed = self._weights.state.encode(result.state, _STATE_DIFFERS, old)
         return Flowing(result.outputs, result.losses), Kept(changed, dict(result.metrics))
 
 
-def call_adapter(adapter: Adapter, *arguments: Any) -> CallResult:
+def call_adapter(
+    adapter: Adapter, *arguments: Any, names: Mapping[str, str] | None = None
+) -> CallResult:
     """Call the model, and checks its result.
 
     Raises:
         TypeError: If it is not a `CallResult` of arrays.
     """
-    result = adapter.call(*arguments)
+    with explained(names):
+        result = adapter.call(*arguments)
     if not isinstance(result, CallResult):
         raise TypeError(
             f"`{type(adapter).__name__}.call` must return a `jaxwrap.CallResult`; it returned a "
@@ -300,23 +323,3 @@ def _leaf_kind(leaf: Any) -> Any:
     if dtype is None:
         return static_key(leaf)
     return type(leaf), dtype, getattr(leaf, "ndim", None)
-
-
-def call_and_look(
-    fn: Callable[[PyTree, PyTree], PyTree], keys: PyTree, rest: PyTree
-) -> tuple[PyTree, bool]:
-    """Call a function of arrays, and looks in its jaxpr for a way from the keys to the result.
-
-    Returns:
-        The result of `fn(keys, rest)`, and whether it depends on any array in `keys`.
-    """
-    count = len(jax.tree_util.tree_leaves(keys))
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(keys, rest)
-    used = used_inputs(closed)
-    flat = jaxpr_as_fun(closed)(*jax.tree_util.tree_leaves((keys, rest)))
-    return jax.tree_util.tree_structure(shapes).unflatten(flat), any(used[:count])
-
-
-def used_inputs(closed: Any) -> list[bool]:
-    """Return which inputs of a closed jaxpr its outputs depend on."""
-    return dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]

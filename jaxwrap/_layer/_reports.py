@@ -25,12 +25,14 @@ class RunningMean:
     """
 
     def __init__(self, layer: keras.layers.Layer, name: str):
+        # Nested scopes, as a name may hold neither `/` (Keras) nor `.` (PyTorch).
         with (
             keras.name_scope(layer.name, caller=layer),
             keras.name_scope("metrics"),
             keras.name_scope(clean(name)),
         ):
             self.variables = tuple(
+                # Under mixed precision a cast total would stop growing.
                 keras.Variable("zeros", (), "float32", trainable=False, autocast=False, name=part)
                 for part in ("total", "count")
             )
@@ -107,6 +109,7 @@ class Reports:
 
     def _track(self, means: dict[str, RunningMean]) -> None:
         layer: Any = self._layer
+        # Keras locks it after `build`. Only a trace knows the names, and comes later.
         layer._tracker.unlock()
         layer.tracked_means = [variable for mean in means.values() for variable in mean.variables]
         layer.tracked_metrics = [mean.metric for mean in means.values()]

@@ -32,8 +32,9 @@ def to_key(seed: Tensor, impl: str | None = None) -> Array:
         impl: The implementation, such as "threefry2x32" or "rbg".
 
     Returns:
-        A typed key of that implementation; for None, a raw key of JAX's default one, as `jax.random.PRNGKey` makes it.
+        A typed key of that implementation. For None, a raw key of JAX's default one, as `jax.random.PRNGKey` makes it.
     """
+    # int64 on TensorFlow, int32 on PyTorch, uint32 on JAX and NumPy.
     words = jnp.asarray(seed).astype(jnp.uint32)
     (size,) = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
     data = jnp.tile(words, -(-size // 2))[:size]
@@ -60,7 +61,7 @@ class Seeds:
     """The seeds of a layer: those of its initial values, and a generator for each stream of its calls.
 
     Attributes:
-        streams: The names of the streams, with seeds of their own; None for one stream without a name.
+        streams: The names of the streams, with seeds of their own. None for one stream without a name.
         generators: The generators, by the names under which files hold their states.
     """
 
@@ -71,6 +72,7 @@ class Seeds:
         draws: str,
         impl: str | None,
     ):
+        # Of the generator that `keras.utils.set_random_seed` seeds.
         self.base = random.randint(1, 10**9) if seed is None else seed
         self.streams = streams
         self.generators: dict[str, Generator] = {}
@@ -114,7 +116,7 @@ class Seeds:
         return {name: next_seed() for name in dict.fromkeys(["params", *self.streams])}
 
     def for_call(self, training: bool, next_seed: Callable[[], Any]) -> PyTree:
-        """Return a seed, or one for each stream; None for a call that does not draw."""
+        """Return a seed, or one for each stream. None for a call that does not draw."""
         if self._draws == "in training" and not training:
             return None
         if self.streams is None:
@@ -137,7 +139,7 @@ class Generator(keras.random.SeedGenerator):
         self._steps: dict[int, Tensor] = {}
 
     def next(self, ordered: bool = True) -> Tensor:
-        """A new seed, of shape (2,)."""
+        """Return a new seed, of shape (2,)."""
         draws = getattr(_drawing, "draws", {})
         if self not in draws:
             return super().next(ordered)
@@ -148,6 +150,7 @@ class Generator(keras.random.SeedGenerator):
     def after(self, count: int) -> Tensor:
         """Return the state after that many draws."""
         state = self.state.value
+        # Kept, since to make a small tensor takes longer than to add it. A symbolic one belongs to its graph.
         step = self._steps.get(count)
         if step is None or step.device != getattr(state, "device", None):
             step = keras.ops.convert_to_tensor(np.array([0, count]), self.state.dtype)
@@ -156,6 +159,7 @@ class Generator(keras.random.SeedGenerator):
         return state + step
 
 
+# By thread, since two threads may trace at the same time.
 _drawing = threading.local()
 
 
@@ -169,7 +173,7 @@ class Draws(dict[Generator, tuple[Array, int]]):
 
 @contextlib.contextmanager
 def drawing(generators: Sequence[Generator], states: Sequence[Array]) -> Iterator[Draws]:
-    """In this scope generators draw from these states, JAX arrays, and change only the counts that it yields."""
+    """Let generators draw from these states, JAX arrays, in this scope. They change only the counts that it yields."""
     before = getattr(_drawing, "draws", {})
     draws = Draws((g, (state, 0)) for g, state in zip(generators, states, strict=True))
     _drawing.draws = draws

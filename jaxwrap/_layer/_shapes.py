@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxwrap._layer._program import call_adapter, used_inputs
+from jaxwrap._layer._draws import used_inputs
+from jaxwrap._layer._program import call_adapter
 from jaxwrap._layer._seeds import Generator, drawing
 from jaxwrap._specs import abstract_call, fillings, partition_specs
 from jaxwrap._typing import PyTree
@@ -35,6 +36,7 @@ def abstract_result(engine: Engine, specs: dict[str, PyTree], training: bool) ->
             pairs = zip(parts, values, strict=True)
             params, state = (leaves.decode(arrays) for leaves, arrays in pairs)
         generators: list[Generator] = list(engine.seeds.generators.values())
+        # Shapes depend on no seed, and a call without data must not move one.
         with drawing(generators, [jnp.zeros(2, jnp.uint32) for _ in generators]):
             keys = engine.draw_keys(training)
         inputs = engine.inputs.for_adapter(arguments)
@@ -59,6 +61,7 @@ class Survey(NamedTuple):
 def survey(engine: Engine, training: bool) -> Survey:
     """Trace the built model without data, for the arguments that the layer was built for."""
     failure: Exception | None = None
+    # A function may fail for some sizes: none divides a prime.
     for specs in fillings(engine.specs):
         try:
             return _survey(engine, specs, training)

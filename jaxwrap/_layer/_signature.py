@@ -22,6 +22,7 @@ _TRAIN_FLAGS = (
     "!deterministic",
     "!inference",
     "!use_running_average",
+    "update_stats",
 )
 
 
@@ -46,13 +47,14 @@ def find_train_flag(names: Collection[str], argument: str | None) -> TrainFlag |
 
     Args:
         names: The function's arguments.
-        argument: "auto" to look for the usual names; a name, after "!" if it is inverted; None for no flag.
+        argument: "auto" to look for the usual names, or a name, after "!" if it is inverted, or None for no flag.
 
     Raises:
-        ValueError: If the function has no argument of the name given.
+        ValueError: If the function has no argument of that name.
     """
     if argument is None:
         return None
+    # The first usual name that the function has, in the order of the list.
     if argument == AUTO:
         usual = (flag for flag in _TRAIN_FLAGS if flag.removeprefix("!") in names)
         if (argument := next(usual, None)) is None:
@@ -80,7 +82,7 @@ class Signature:
         allowed: Collection[str],
         required: Collection[str],
     ):
-        """Read and checks the signature of `fn`.
+        """Read and check the signature of `fn`.
 
         Args:
             fn: The function.
@@ -148,6 +150,23 @@ def call_by_name(
             positional.append(values[name])
         else:
             keywords[name] = values[name]
+    return fn(*positional, **keywords)
+
+
+def call_by_position(
+    fn: Callable[..., Any],
+    parameters: Mapping[str, inspect.Parameter],
+    values: Mapping[str, PyTree],
+) -> Any:
+    """Call `fn` with `values` by position as far as possible: its names may be taken by what calls it."""
+    positional, keywords, has_gap = [], {}, False
+    for name, parameter in parameters.items():
+        if name not in values:
+            has_gap = True
+        elif parameter.kind is parameter.KEYWORD_ONLY or has_gap:
+            keywords[name] = values[name]
+        else:
+            positional.append(values[name])
     return fn(*positional, **keywords)
 
 

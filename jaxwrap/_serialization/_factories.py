@@ -20,6 +20,7 @@ def factory_name(obj: Any) -> str | None:
         return None
     for full, (module, name) in FACTORIES.items():
         factory = getattr(sys.modules.get(module), name, None)
+        # A function of the user may have the same qualified name, but not the same globals.
         if name == maker and getattr(factory, "__globals__", None) is obj.__globals__:
             return full
     return None

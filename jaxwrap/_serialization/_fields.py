@@ -141,5 +141,6 @@ def _is_equinox(cls: type) -> bool:
 
 
 def _descends(cls: type, library: str, name: str) -> bool:
+    # A library that nobody has imported cannot have made the class.
     base = getattr(sys.modules.get(library), name, None)
     return base is not None and issubclass(cls, base)

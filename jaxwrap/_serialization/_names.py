@@ -90,6 +90,7 @@ def find(name: Any) -> Any:
             return _OBJECTS[name]
         if (registered := keras.saving.get_registered_object(name)) is not None:
             return registered
+        # The name is a key of our list, and never a path to import: that was CVE-2025-1550.
         if name in NAMES:
             return load(*NAMES[name])
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What writing and reading share: plain data, and arrays whose values are saved with the weights."""
+"""The nodes that writing and reading share: plain data, and arrays whose values are saved with the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 # JSON holds these as they are. Every other node is a dict with its "kind", or with "class_name" in Keras's form.
 PLAIN = (bool, int, float, str, type(None))
+# Deeper nests in a file could overflow Python's stack.
 MAX_DEPTH = 100
 
 

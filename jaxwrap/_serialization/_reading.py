@@ -19,10 +19,10 @@ from jaxwrap._serialization._nodes import MAX_DEPTH, PLAIN, Weight, check_size
 
 
 def deserialize(config: Any, what: str) -> Any:
-    """Make the object again from what `serialize` returned. Resolves only registered or allowed names.
+    """Make an object from the result of `serialize`. Resolve only registered or allowed names.
 
     Args:
-        config: What `serialize` returned.
+        config: The result of `serialize`.
         what: The argument that holds it, for errors.
 
     Raises:
@@ -32,7 +32,7 @@ def deserialize(config: Any, what: str) -> Any:
 
 
 def deserialize_fields(cls: type, config: Mapping[str, Any]) -> Any:
-    """Make a dataclass again from what `serialize_fields` returned.
+    """Make a dataclass from the result of `serialize_fields`.
 
     Raises:
         TypeError: If the class has no such fields.
@@ -63,7 +63,7 @@ class Deserializer:
         kind = config.get("kind")
         read = _KINDS.get(kind) if isinstance(kind, str) else None
         if read is None:
-            raise self._problem(f"{kind!r} is no kind of node")
+            raise self._problem(f"{kind!r} is not a kind of node")
         try:
             return read(self, config, depth + 1)
         except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -81,6 +81,7 @@ class Deserializer:
     def _weight(self, config: dict[str, Any], depth: int) -> Any:
         fields = {name: config[name] for name in Weight._fields}
         weight = Weight(**{**fields, "shape": _shape(config["shape"])})
+        # First, since a shape in a file is short however much memory it asks for.
         check_size(weight.size)
         known, array = self._weights.get(weight.place) or (weight, weight.zeros())
         if known != weight:
@@ -115,6 +116,7 @@ class Deserializer:
     def _array(self, config: dict[str, Any], depth: int) -> Any:
         data = base64.b64decode(config["data"], validate=True)
         array = np.frombuffer(data, _dtype(config["dtype"])).reshape(_shape(config["shape"]))
+        # A copy, because `frombuffer` returns a view that is read-only.
         return jnp.asarray(array) if config["library"] == "jax" else array.copy()
 
     def _partial(self, config: dict[str, Any], depth: int) -> Any:
@@ -143,9 +145,8 @@ class Deserializer:
         """Read Keras's own form, but find its classes and functions by their registered names only."""
         name, inner = config.get("class_name"), config.get("config")
         if name == "__lambda__":
-            return keras.saving.deserialize_keras_object(
-                config
-            )  # refuses, unless `safe_mode=False`
+            # Keras refuses, unless `safe_mode=False`.
+            return keras.saving.deserialize_keras_object(config)
         own = inner if name == "function" else f"{config.get('module')}.{name}"
         names = [n for n in (config.get("registered_name"), own) if n not in ("function", None)]
         found = self._find_any(names)

@@ -27,9 +27,9 @@ def serialize(obj: Any, what: str) -> Any:
     """Make a config from data, modules and functions.
 
     Args:
-        obj: Plain data; tuples, lists, dicts and enums; dtypes and small arrays; registered dataclasses, Linen and
-            Equinox modules and namedtuples, by their fields; functions, classes and other objects with a name;
-            `functools.partial`; initializers; objects with `get_config`; and `Weight`.
+        obj: Plain data, tuples, lists, dicts and enums. Dtypes and small arrays. Registered dataclasses, Linen and
+            Equinox modules and namedtuples, by their fields. Functions, classes and other objects with a name.
+            `functools.partial`, initializers, objects with `get_config`, and `Weight`.
         what: The argument that holds it, for errors. For example "module".
 
     Raises:
@@ -102,6 +102,7 @@ class _Where(NamedTuple):
 def _serialize(obj: Any, where: _Where, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise _problem(obj, where, f"is nested deeper than {MAX_DEPTH}")
+    # Exactly these types: a subclass, such as an enum of strings, would come back as its base.
     if type(obj) in PLAIN:
         return obj
     if type(obj) is list:
@@ -119,12 +120,13 @@ def _serialize(obj: Any, where: _Where, depth: int = 0) -> Any:
     for write in (_data, _array, _function, _object):
         if (config := write(obj, where, depth + 1)) is not None:
             return config
-    raise _problem(obj, where, "is no data", _REGISTER.format("it"))
+    raise _problem(obj, where, "is not data", _REGISTER.format("it"))
 
 
 def _data(obj: Any, where: _Where, depth: int) -> Any:
     if isinstance(obj, Mapping):
         kind = {} if type(obj) is dict else {"class": _class_name(obj, where)}
+        # As pairs, since the keys of a JSON object are strings only.
         items = [
             [_serialize(key, where, depth), _serialize(value, where.item(f"[{key!r}]"), depth)]
             for key, value in obj.items()
@@ -142,6 +144,7 @@ def _array(obj: Any, where: _Where, depth: int) -> Any:
         return None
     if jax.dtypes.issubdtype(obj.dtype, jax.dtypes.prng_key):
         raise _problem(obj, where, "is a PRNG key outside of the weights")
+    # V is the kind of bfloat16 and float8.
     if obj.dtype.kind not in "biufcV":
         raise _problem(obj, where, f"is an array of dtype {obj.dtype}")
     array = np.asarray(obj)

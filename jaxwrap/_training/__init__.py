@@ -1,4 +1,4 @@
-"""What goes into `compile`: optimizers, losses and metrics made of JAX functions."""
+"""Optimizers, losses and metrics of JAX functions, for `compile`."""
 
 from jaxwrap._training._losses import JaxLoss
 from jaxwrap._training._metrics import JaxMetric

@@ -19,7 +19,7 @@ def make_step(optimizer: Any, variables: Sequence[keras.Variable]) -> Step:
     """Make the update of some variables, with its state.
 
     Raises:
-        ValueError: If the transformation needs what a Keras optimizer cannot pass; inside a JAX trace; or under a
+        ValueError: If the transformation needs what a Keras optimizer cannot pass, inside a JAX trace, or under a
             `tf.distribute` strategy of several replicas.
     """
     if (count := get_bridge().replicas()) > 1:
@@ -48,8 +48,10 @@ def make_step(optimizer: Any, variables: Sequence[keras.Variable]) -> Step:
 
 def untrack(optimizer: Any) -> dict[str, np.ndarray]:
     """Forget the variables of an optimizer that is to be built again. Return their values by path."""
+    # By path: Keras makes its own variables again, and their places change.
     values = {variable.path: to_host(variable) for variable in optimizer.variables}
     for variable in optimizer.variables:
+        # The constructor of Keras made these two, and `build` does not make them again.
         if variable is not optimizer._iterations and variable is not optimizer._learning_rate:
             optimizer._untrack_variable(variable)
     optimizer._trainable_variables_indices.clear()

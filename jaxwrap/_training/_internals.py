@@ -1,4 +1,4 @@
-"""What an optimizer keeps to itself, in a plain object that Keras and TensorFlow do not look into."""
+"""The parts of an optimizer, in a plain object that Keras and TensorFlow do not look into."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class JaxLoss(keras.losses.Loss):
         self.fn = fn
         with naming(describe(self)):
             self._on_tensors = PairFunction(fn)
-        self._given: list[PyTree] = []
+        self._labels: list[PyTree] = []
 
     @door
     def __call__(self, y_true: PyTree, y_pred: PyTree, sample_weight: Any = None) -> Tensor:
@@ -66,25 +66,25 @@ class JaxLoss(keras.losses.Loss):
             sample_weight: Weights of the examples.
         """
         # Keras casts labels to the dtype of the loss, so that integers become floats. `call` takes the originals.
-        self._given.append(y_true)
+        self._labels.append(y_true)
         try:
             return super().__call__(y_true, y_pred, sample_weight)
         finally:
-            self._given.pop()
+            self._labels.pop()
 
     def call(self, y_true: PyTree, y_pred: PyTree) -> Tensor:
         """Return the loss of each example."""
-        given = self._given[-1] if self._given else y_true
-        loss = self._on_tensors(jax.tree.map(_uncast, y_true, given), y_pred)
+        labels = self._labels[-1] if self._labels else y_true
+        loss = self._on_tensors(jax.tree.map(_uncast, y_true, labels), y_pred)
         shape = tuple(getattr(y_pred, "shape", ()))
         is_elementwise = len(shape) > 1 and tuple(loss.shape) == shape
         return keras.ops.mean(loss, axis=-1) if is_elementwise else loss
 
     def get_config(self) -> dict[str, Any]:
-        """The configuration, of data and registered names.
+        """Return the configuration as JSON, with registered names.
 
         Raises:
-            TypeError: If the function cannot be saved. The error says what to do.
+            TypeError: If the function cannot be saved. The error names the fix.
         """
         with naming(describe(self)):
             fn = serialize_callable(self.fn, "fn")
@@ -92,10 +92,10 @@ class JaxLoss(keras.losses.Loss):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> JaxLoss:
-        """The inverse of `get_config`. Resolves only names that are registered, or listed.
+        """Make a loss from the result of `get_config`. Resolve only registered or allowed names.
 
         Raises:
-            ValueError: For a config that `get_config` cannot have made, or a name that is not known.
+            ValueError: If the config has a name that is not registered, or `get_config` cannot have returned it.
         """
         config = dict(config)
         with naming(f"{cls.__name__} {config.get('name')!r}"):
@@ -106,8 +106,8 @@ class JaxLoss(keras.losses.Loss):
         return f"<{describe(self)}: {getattr(self.fn, '__qualname__', self.fn)}>"
 
 
-def _uncast(cast: Tensor, given: Any) -> Tensor:
+def _uncast(cast: Tensor, original: Any) -> Tensor:
     """Return the original labels if they are not floats."""
-    given = keras.ops.convert_to_tensor(given)
-    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(given.dtype))
-    return cast if is_float else given
+    original = keras.ops.convert_to_tensor(original)
+    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(original.dtype))
+    return cast if is_float else original

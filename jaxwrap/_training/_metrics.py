@@ -70,6 +70,7 @@ class JaxMetric(keras.metrics.Metric):
             self._mean = self._stateful = None
             if fn is not None:
                 pair = PairFunction(fn)
+                # Keras's own, for its sample weights and masks.
                 self._mean = keras.metrics.MeanMetricWrapper(pair, "mean", self._dtype_policy)
             else:
                 self._stateful = _Stateful(self, init, update, compute)
@@ -80,27 +81,27 @@ class JaxMetric(keras.metrics.Metric):
         """Add a batch.
 
         Raises:
-            ValueError: If there are sample weights, and `update` does not take them; or if it returns another state.
+            ValueError: If there are sample weights, and `update` does not take them, or if it returns another state.
         """
-        part = self._mean or self._stateful
+        part: Any = self._mean or self._stateful
         part.update_state(y_true, y_pred, sample_weight)
 
     @door
     def result(self) -> Any:
         """Return the mean, or the result of `compute`."""
-        part = self._mean or self._stateful
+        part: Any = self._mean or self._stateful
         return part.result()
 
     def reset_state(self) -> None:
         """Go back to the first state."""
-        part = self._mean or self._stateful
+        part: Any = self._mean or self._stateful
         part.reset_state()
 
     def get_config(self) -> dict[str, Any]:
-        """The configuration, of data and registered names.
+        """Return the configuration as JSON, with registered names.
 
         Raises:
-            TypeError: If a function cannot be saved. The error says what to do.
+            TypeError: If a function cannot be saved. The error names the fix.
         """
         with naming(describe(self)):
             functions = {
@@ -112,10 +113,10 @@ class JaxMetric(keras.metrics.Metric):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> JaxMetric:
-        """The inverse of `get_config`. Resolves only names that are registered, or listed.
+        """Make a metric from the result of `get_config`. Resolve only registered or allowed names.
 
         Raises:
-            ValueError: For a config that `get_config` cannot have made, or a name that is not known.
+            ValueError: If the config has a name that is not registered, or `get_config` cannot have returned it.
         """
         with naming(f"{cls.__name__} {config.get('name')!r}"):
             functions = {
@@ -161,6 +162,7 @@ class _Stateful:
                 "metric as `metrics`, not as `weighted_metrics`."
             )
         weights = {"sample_weight": sample_weight} if self._takes_weights else {}
+        # All read before any is assigned.
         old = [variable.value for variable in self.variables]
         _, new = self._update((), (y_true, y_pred, weights), old)
         for variable, value in zip(self.variables, new, strict=True):

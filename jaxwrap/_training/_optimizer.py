@@ -93,7 +93,7 @@ class OptaxOptimizer(RatedOptimizer):
             variables: The variables to train.
 
         Raises:
-            ValueError: If the transformation needs what a Keras optimizer cannot pass; or under a `tf.distribute`
+            ValueError: If the transformation needs what a Keras optimizer cannot pass, or under a `tf.distribute`
                 strategy of several replicas.
         """
         step = _building.make_step(self, variables)
@@ -129,7 +129,7 @@ class OptaxOptimizer(RatedOptimizer):
             super().apply(grads, trainable_variables)
 
     def apply_gradients(self, grads_and_vars: Any, **extra_args: Any) -> Any:
-        """Like `apply`, with pairs of a gradient and a variable. Return the number of steps."""
+        """Update variables like `apply`, from pairs of a gradient and a variable. Return the number of steps."""
         grads, trainable_variables = zip(*grads_and_vars, strict=True)
         self.apply(grads, trainable_variables, **extra_args)
         return self._iterations
@@ -142,7 +142,7 @@ class OptaxOptimizer(RatedOptimizer):
         trainable_variables: Sequence[Tensor],
         **extra_args: Any,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Like `apply`, on values: take and return those of `trainable_variables` and of `variables`, on JAX."""
+        """Update like `apply`, on values: take and return those of `trainable_variables` and `variables`, on JAX."""
         if self.built and len(trainable_variables) != len(self._trainable_variables):
             raise ValueError(
                 f"the optimizer has been built for {len(self._trainable_variables)} variables; received "
@@ -182,6 +182,7 @@ class OptaxOptimizer(RatedOptimizer):
         own.extra = extra_arguments(own.extra, own.loss, own.step.needed)
         own.is_applying = True
         try:
+            # Keras reads the learning rate in there, for its weight decay.
             super()._backend_apply_gradients(grads, trainable_variables)
         finally:
             own.is_applying = False
@@ -196,11 +197,13 @@ class OptaxOptimizer(RatedOptimizer):
         bridge, own = get_bridge(), self._own
         gradients: list[Any] = [None] * len(own.places)
         for gradient, variable in zip(grads, trainable_variables, strict=True):
+            # The gradient of an embedding may be sparse, which no transformation takes.
             if not bridge.is_tensor(gradient):
                 gradient = keras.ops.convert_to_tensor(bridge.dense(gradient), sparse=False)
             gradients[own.places[self._var_key(variable)]] = gradient
         rate = None
         if own.recipe.takes_rate:
+            # A number would be compiled in, and each new one would compile the update again.
             rate = keras.ops.convert_to_tensor(value_of(learning_rate))
         own.step(gradients, rate, own.extra)
 
@@ -230,7 +233,7 @@ class OptaxOptimizer(RatedOptimizer):
 
     @door
     def load_own_variables(self, store: Any) -> None:
-        """Load the variables by their paths; or in order, if the layers have other names.
+        """Load the variables by their paths, or in order if the layers have other names.
 
         Warns:
             UserWarning: If the file has other variables. Then nothing is loaded.

@@ -46,6 +46,7 @@ class Params:
 
     def index(self, path: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
         """Split the path of a leaf of the state into the path around a parameter, and its index, or -1."""
+        # Longest first: there may be a `kernel` next to `dense/kernel`.
         for length in range(len(path), 0, -1):
             for start in range(len(path) - length + 1):
                 index = self._index.get(path[start : start + length])

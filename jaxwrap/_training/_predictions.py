@@ -40,14 +40,14 @@ class PairFunction:
     def __init__(self, fn: Callable[..., PyTree]):
         swapped = predictions_first(fn)
 
-        def call(given: PyTree, _: PyTree, __: PyTree) -> tuple[PyTree, PyTree]:
-            y_true, y_pred = given
+        def call(pair: PyTree, _: PyTree, __: PyTree) -> tuple[PyTree, PyTree]:
+            y_true, y_pred = pair
             return (fn(y_pred, y_true) if swapped else fn(y_true, y_pred)), ()
 
         self._call = PytreeFunction(call)
 
     def __call__(self, y_true: PyTree, y_pred: PyTree) -> Tensor:
-        """What the function returns, as tensors, differentiable in both arguments."""
+        """Return the result of the function, as tensors, differentiable in both arguments."""
         return self._call((y_true, y_pred), (), ())[0]
 
 

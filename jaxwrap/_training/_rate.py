@@ -22,7 +22,7 @@ def _unknown() -> None:
 
 
 def value_of(rate: Any) -> Any:
-    """The learning rate as a tensor or a number."""
+    """Return the learning rate as a tensor or a number."""
     return rate.value if isinstance(rate, keras.Variable) else rate
 
 
@@ -33,8 +33,10 @@ class RatedOptimizer(keras.optimizers.Optimizer):
     _own: Internals
 
     def __init__(self, learning_rate: Any, **kwargs: Any):
+        # Keras takes floats only.
         if isinstance(learning_rate, int):
             learning_rate = float(learning_rate)
+        # For a callable, Keras makes no variable that would be saved and shown.
         super().__init__(_unknown if learning_rate is None else learning_rate, **kwargs)
 
     @property
@@ -79,12 +81,13 @@ class RatedOptimizer(keras.optimizers.Optimizer):
         return self._rate_in(self.state)
 
     def _rate_in(self, state: Any) -> Any:
-        """The learning rate, with `state` for the state of the transformation; None if it is not known."""
+        """Return the learning rate, with `state` for the state of the transformation, or None if it is not known."""
         rate = self._learning_rate
         if rate is _unknown:
             found = injected(state, lambda node: node.hyperparams.get("learning_rate"))
             return found[0] if len(found) == 1 else None
         if callable(rate) and not isinstance(rate, _KerasSchedule):
+            # An Optax schedule computes in JAX, and `iterations` is a tensor of the backend.
             return wrap_function(rate)(keras.ops.cast(self._iterations, "int32"))
         return super()._get_current_learning_rate()
 

@@ -1,4 +1,4 @@
-"""What files hold of an optimizer: its config, and its variables by path."""
+"""An optimizer ⇄ its config, and its variables by path."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def save_variables(optimizer: Any, store: Any) -> None:
 
 
 def load_variables(optimizer: Any, store: Any) -> None:
-    """Read the variables by path; or in order, if the layers have other names."""
+    """Read the variables by path, or in order if the layers have other names."""
     own = _by_path(optimizer)
     saved = stored_paths(store)
     if len(saved) != len(own):
@@ -75,6 +75,7 @@ def load_variables(optimizer: Any, store: Any) -> None:
         )
         return
     if set(saved) != set(own):
+        # The same model, made again in one process, has other automatic names.
         own = dict(zip(saved, own.values(), strict=True))
     load(store, own, list(own), {})
 

@@ -24,7 +24,7 @@ class Recipe:
 
     Attributes:
         source: The transformation or the factory.
-        is_ready: Whether it is a transformation, and no factory.
+        is_ready: Whether it is a transformation, not a factory.
         takes_rate: Whether the factory takes a learning rate.
 
     Raises:
@@ -63,7 +63,7 @@ class Recipe:
             ) from None
 
     def __str__(self) -> str:
-        """The name of the factory, with its library; for a ready transformation, its class."""
+        """Return the name of the factory, with its library. For a ready transformation, that of its class."""
         source = getattr(self.source, "func", self.source)
         library = getattr(source, "__module__", None) or type(source).__module__
         name = getattr(source, "__qualname__", type(source).__qualname__)
@@ -82,6 +82,7 @@ class Recipe:
                 )
         if isinstance(made, optax.MultiSteps):
             made = made.gradient_transformation()
+        # Then `update` takes extra arguments, whether it needs them or not.
         return optax.with_extra_args_support(made)
 
 
@@ -141,6 +142,7 @@ def needed_arguments(transformation: Any, params: PyTree) -> tuple[str, ...]:
         message = str(error)
         if not _MISSING.search(message):
             raise
+        # Optax has no list of them. Only Python's error names them.
         names = tuple(re.findall(r"'(\w+)'", message))
         if "value_fn" in names:
             raise ValueError(

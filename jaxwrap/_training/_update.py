@@ -43,6 +43,7 @@ class Step:
         self._recipe = recipe
         transformation = recipe.make(rate)
         tree = self.params.tree([to_host(variable) for variable in variables])
+        # Asked now, so that a transformation that Keras cannot feed fails in `build`, and not in `fit`.
         self.needed = needed_arguments(transformation, tree)
         seen: dict[Any, int] = {}
 
@@ -67,6 +68,7 @@ class Step:
             extra: Extra arguments of the transformation.
         """
         variables = (self.params.variables, self.state.variables)
+        # Values, not variables: PyTorch writes in place, so all must be read before one is assigned.
         old = list(map(current_values, variables))
         _, new = self._update((), (list(gradients), rate, extra), old)
         pairs = [
@@ -80,17 +82,18 @@ class Step:
     def _call(self, _: PyTree, constant: PyTree, old: PyTree) -> tuple[PyTree, PyTree]:
         gradients, rate, extra = constant
         values = [
+            # A backend may hold a dtype that it does not have as another one.
             jnp.asarray(value, variable.dtype)
             for value, variable in zip(old[0], self.params.variables, strict=True)
         ]
         # The transformation takes the whole tree. A variable without a gradient has zeros in it, and stays as it is.
-        given = [
+        filled = [
             jnp.zeros_like(value) if gradient is None else jnp.asarray(gradient, value.dtype)
             for gradient, value in zip(gradients, values, strict=True)
         ]
         changes, state = update(
             self._recipe.make(rate),
-            self.params.tree(given),
+            self.params.tree(filled),
             self.state.decode(old[1]),
             self.params.tree(values),
             extra,

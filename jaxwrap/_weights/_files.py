@@ -13,7 +13,7 @@ import numpy as np
 from jaxwrap._dtypes import can_hold
 from jaxwrap._weights._variables import assign, to_host
 
-# The list of all paths, so that a reader sees what it does not expect; and a checksum of all, since HDF5 has none.
+# The list of all paths, so that a reader notices unexpected ones. And a checksum of all, since HDF5 has none.
 _PATHS = "paths"
 _CHECKSUM = "checksum"
 _SEEDS = "seed_generator"
@@ -25,12 +25,13 @@ def save(
     """Write weights, and the seeds of generators with their counters, which Keras leaves out.
 
     Args:
-        store: What Keras gives to `save_own_variables`.
+        store: The store that Keras passes to `save_own_variables`.
         weights: Variables by their paths below the layer.
         seeds: The states of seed generators by their names.
     """
     arrays = {path: _to_file(variable) for path, variable in weights.items()}
     for name, variable in seeds.items():
+        # One dtype for all backends, whose seeds are uint32, int32 or int64.
         seed = keras.ops.convert_to_numpy(variable.value)
         arrays[f"{_SEEDS}/{name}"] = np.asarray(seed, dtype="int64")
     for path, array in arrays.items():
@@ -45,10 +46,10 @@ def load(
     in_order: Sequence[str],
     seeds: Mapping[str, keras.Variable],
 ) -> None:
-    """Read what `save` wrote, or what Keras's own layers write under numbers. Assigns all or nothing.
+    """Read a file of `save`, or of Keras's own layers, which number weights. Assign all or nothing.
 
     Args:
-        store: What Keras gives to `load_own_variables`.
+        store: The store that Keras passes to `load_own_variables`.
         weights: Variables by their paths below the layer.
         in_order: These paths in the order of Keras's own layers.
         seeds: The states of seed generators by their names. Those that the file does not have keep their values.
@@ -85,12 +86,13 @@ def load(
     }
     for name, state in states.items():
         if state.shape != tuple(seeds[name].shape) or state.dtype.kind not in "iu":
-            problems.append(f"  seed: {_SEEDS}/{name} is no pair of integers")
+            problems.append(f"  seed: {_SEEDS}/{name} is not a pair of integers")
     if problems:
         raise ValueError(
             "the weights in the file are not those of the layer. No weight has been changed.\n"
             + "\n".join(problems)
         )
+    # After the problems, which say more about a file of another layer.
     if not whole:
         raise ValueError(
             "the weights in the file are not those that were written: their checksum differs. No weight has been "
@@ -103,7 +105,7 @@ def load(
 
 
 def stored_paths(store: Any) -> list[str]:
-    """The paths in a file, in the order in which they were written; in a file of Keras's own layers, the numbers."""
+    """Return the paths in a file, as they were written. In a file of Keras's own layers, the numbers."""
     if _PATHS not in store:
         return sorted(map(str, store.keys()), key=lambda key: (len(key), key))
     listed = np.asarray(store[_PATHS]).tobytes().decode(errors="replace").split("\n")
@@ -118,7 +120,7 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
     return checksum
 
 
-# What HDF5 has no dtype for is written as its bits. Keras would write a bfloat16 with a string as attribute, and a
+# Dtypes that HDF5 does not have are written as bits. Keras would write a bfloat16 with a string as attribute, and a
 # damaged string crashes the HDF5 library.
 _BITS = {1: "uint8", 2: "uint16"}
 

@@ -35,12 +35,12 @@ class Leaf:
 
     Attributes:
         path: Its path below the owner: `params/Dense_0/kernel`.
-        dtype: The dtype that the user gave it. For a PRNG key, that of its data.
+        dtype: The dtype that the user passed. For a PRNG key, that of its data.
         impl: The implementation of its PRNG key, if it is one.
         is_params: Whether it belongs to the parameters.
         stored: The dtype of the variable.
         cast: The dtype that JAX functions see, if it is another one.
-        rule: What the rules set for it.
+        rule: The settings of all rules for it.
         variables: The variables, once they have been made.
     """
 
@@ -106,10 +106,12 @@ class Leaf:
         array = jnp.asarray(array, self.stored)
         if self.impl is not None:
             return jax.random.wrap_key_data(array, impl=self.impl)
+        # Cast in the compiled function, where it costs nothing, and gradients come back in the dtype of the variable.
         return array if self.cast is None else array.astype(self.cast)
 
     def encode(self, value: Any) -> list[Array]:
         """Compute the values of its variables from a new leaf."""
+        # A Keras variable has no dtype for keys. It holds their data, which `decode` makes a key again.
         data = value if self.impl is None else jax.random.key_data(value)
         return [jnp.asarray(data, self.stored)]
 
@@ -136,6 +138,7 @@ class Leaf:
                 f"a PRNG key, {impl}" if impl else "no PRNG key" for impl in (self.impl, impl)
             )
             return [], [f"  key: {self.path} is {expected}; received {received}"]
+        # A copy: the caller may write to the array later.
         array = next(host_copies([array_of(value)]))
         problems = []
         if array.shape != self.shape:

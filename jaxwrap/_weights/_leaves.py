@@ -67,21 +67,25 @@ class Leaves:
 
     def decode(self, arrays: Sequence[Array]) -> PyTree:
         """Return the user's pytree, as JAX functions take it, from the values of the variables."""
-        return self.structure.unflatten(
-            leaf.decode(arrays[self._slices[place]]) for place, leaf in enumerate(self.leaves)
-        )
+        return self.structure.unflatten(self.decode_leaves(arrays))
+
+    def decode_leaves(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return the leaves alone, as JAX functions take them."""
+        return [leaf.decode(arrays[self._slices[n]]) for n, leaf in enumerate(self.leaves)]
 
     def structs(self) -> list[jax.ShapeDtypeStruct]:
         """Return the shape and dtype of each array that `decode` takes."""
         return [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.variables]
 
-    def encode(self, tree: PyTree, problem: str, old: PyTree = None) -> dict[int, Array]:
+    def encode(
+        self, tree: PyTree, problem: str, old: Sequence[Array] | None = None
+    ) -> dict[int, Array]:
         """Compute the values of the variables from a new pytree, the inverse of `decode`.
 
         Args:
             tree: The new pytree.
             problem: The first line of an error.
-            old: The result of `decode`. A leaf that is the same object in both has not changed.
+            old: The result of `decode_leaves`. A leaf that is the same object in both has not changed.
 
         Returns:
             The new values, by the index of the variable. Without `old`, all of them.
@@ -92,7 +96,7 @@ class Leaves:
         values, received = partition(tree, is_leaf_array)
         if difference := describe_difference(self.structure, received):
             raise ValueError(f"{problem}\n{difference}")
-        before = [None] * len(values) if old is None else partition(old, is_leaf_array)[0]
+        before = [None] * len(values) if old is None else old
         encoded, lines = {}, []
         for place, (leaf, value) in enumerate(zip(self.leaves, values, strict=True)):
             if value is before[place]:

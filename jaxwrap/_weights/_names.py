@@ -10,6 +10,7 @@ from collections.abc import Sequence
 @functools.cache
 def clean(name: str) -> str:
     """Replace every character that a backend refuses in the name of a variable by `_`."""
+    # Keras refuses `/` and PyTorch `.`, and a name must be the same on all backends.
     return re.sub(r"[^A-Za-z0-9_-]", "_", name) or "_"
 
 
@@ -27,6 +28,7 @@ def unique_names(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
         above = [names[:end] for end in range(1, len(names))]
         blocked = not taken.isdisjoint(above)
         candidate, count = names, 0
+        # In a file, one path cannot be both an array and a group of arrays.
         while candidate in taken or candidate in groups or blocked:
             count += 1
             if not taken.isdisjoint(above):

@@ -24,9 +24,10 @@ def compile_pattern(pattern: str, what: str = "the pattern") -> regex.Pattern[st
     Raises:
         ValueError: If it is not a regular expression.
     """
-    import regex  # slow to load; searches of the standard library cannot be stopped
+    import regex  # slow to load, but searches of `re` cannot be stopped
 
     try:
+        # The time limit is for searches. To compile nested bounded repetitions may take gigabytes, as opposed to `re`.
         return regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}.") from error
@@ -47,6 +48,7 @@ def match(pattern: str, paths: Sequence[str]) -> list[int]:
         found = [
             index
             for index, path in enumerate(paths)
+            # One limit for all paths together: a file may hold thousands.
             if compiled.fullmatch(path, timeout=max(end - time.monotonic(), 1e-3))
         ]
     except TimeoutError:

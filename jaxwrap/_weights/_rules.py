@@ -17,7 +17,7 @@ from jaxwrap._weights._patterns import compile_pattern, match
 @keras.saving.register_keras_serializable(package="jaxwrap")
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What holds for the leaves whose paths match a pattern. A field that is None changes nothing.
+    """Settings for the leaves whose paths match a pattern. A field that is None changes nothing.
 
     Attributes:
         trainable: Whether a float leaf of the parameters is trained. If not, no gradient is computed for it.
@@ -53,6 +53,7 @@ class Rule:
             name = self.dtype if isinstance(self.dtype, str) else jnp.dtype(self.dtype).name
             check_dtype(name)
             object.__setattr__(self, "dtype", name)
+        # Resolved now: a wrong name should fail here, and not when a layer is built.
         object.__setattr__(self, "regularizer", keras.regularizers.get(self.regularizer))
         object.__setattr__(self, "constraint", keras.constraints.get(self.constraint))
 
@@ -93,6 +94,7 @@ class Rules:
                 raise TypeError(
                     f"`rules` must map patterns to `jaxwrap.Rule`; received {pattern!r}: {rule!r}."
                 )
+            # Paths exist after building only, but a wrong expression can fail now.
             compile_pattern(pattern)
             self.pairs.append((pattern, rule))
 

@@ -23,7 +23,7 @@ class State:
 
     Args:
         owner: Whose state it is. Its name begins the paths of the variables, and it must still track them.
-        root: What follows the name in the paths.
+        root: The part of the paths after the name.
         init: Makes the pytree with its first values. JAX compiles it.
         args: The arguments of `init`.
         rank: Sorts the leaves in the order of the variables, by the names in their paths. By default leaf order.
@@ -47,6 +47,7 @@ class State:
             impls = tuple(map(key_impl, arrays))
             return list(map(array_of, arrays)), Static((structure, impls))
 
+        # Compiled, since an eager `init` runs an operation for each leaf. What is no array comes out in `Static`.
         arrays, static = jax.jit(traced)(*args)
         structure, impls = static.value
         names = [
@@ -61,6 +62,7 @@ class State:
             Leaf("/".join(path), array.dtype.name, impl, False, stored=array.dtype.name)
             for path, array, impl in zip(paths, arrays, impls, strict=True)
         ]
+        # Copies on the host: on JAX, `fit` donates and deletes the buffers of variables.
         self.initial = [np.array(arrays[place]) for place in order]
         values = [np.asarray(array) for array in arrays]
         self._leaves = Leaves.create(owner, structure, leaves, values, order)

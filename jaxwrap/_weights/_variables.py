@@ -37,7 +37,7 @@ def create_variables(owner: Any, initials: Sequence[Initial]) -> list[keras.Vari
     """Create variables that are named by paths below their owner, with copies of values."""
     copies = get_bridge().copies([array_of(initial.value) for initial in initials])
     variables = []
-    # `add_weight` would put the name right under the layer; the leaf's path becomes nested scopes instead.
+    # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
     with keras.name_scope(owner.name, caller=owner):
         for scopes, together in itertools.groupby(initials, lambda initial: initial.path[:-1]):
             with contextlib.ExitStack() as stack:
@@ -51,6 +51,7 @@ def create_variables(owner: Any, initials: Sequence[Initial]) -> list[keras.Vari
 def _create(initial: Initial, copy: Any) -> keras.Variable:
     dtype = initial.dtype
     variable = keras.Variable(
+        # As an initializer, since Keras would copy a value once more.
         lambda shape, dtype: _to_tensor(copy, dtype),
         shape=tuple(copy.shape),
         dtype=dtype,
@@ -84,6 +85,7 @@ def dtype_of(value: Any) -> str:
     return _canonical(value.dtype, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+# `x64` is an argument for the sake of the cache: users may switch it.
 @functools.cache
 def _canonical(dtype: Any, x64: bool) -> str:
     return str(jax.dtypes.canonicalize_dtype(keras.backend.standardize_dtype(dtype)))
@@ -98,6 +100,7 @@ def key_impl(value: Any) -> Any:
 
 def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
     """Return `variable.value` for each, in less time. Our variables are never cast for a call."""
+    # In such a scope, Keras keeps the values elsewhere, and `_value` is out of date.
     if in_stateless_scope():
         return [variable.value for variable in variables]
     return [
@@ -124,6 +127,7 @@ def assign_all(variables: Sequence[keras.Variable], values: Sequence[Any]) -> No
     """Assign to each variable a tensor of its shape and dtype."""
     if not variables:
         return
+    # In a stateless scope Keras collects what is assigned, and memory must stay as it is.
     if not in_stateless_scope() and get_bridge().write(current_values(variables), values):
         return
     for variable, value in zip(variables, values, strict=True):
@@ -135,7 +139,7 @@ def _to_tensor(value: Any, dtype: str) -> Any:
         return value
     if not _is_float8(dtype):
         return keras.ops.convert_to_tensor(value, dtype)
-    # Keras converts no arrays of 8-bit floats, but casts to them; on NumPy it converts the result again.
+    # Keras does not convert arrays of 8-bit floats, but casts to them. On NumPy it converts the result again.
     wide = keras.ops.convert_to_tensor(value.astype("float32"))
     narrow = keras.ops.cast(wide, dtype)
     return wide if isinstance(narrow, np.ndarray) else narrow

@@ -29,7 +29,7 @@ class Dtypes(NamedTuple):
 
     Attributes:
         variable: The dtype of float variables.
-        compute: The dtype that JAX functions see float parameters in; None for the variable's own.
+        compute: The dtype that JAX functions see float parameters in. None for the variable's own.
         keep: Whether float leaves that are not float32 keep their dtype.
     """
 
@@ -42,6 +42,7 @@ class Dtypes(NamedTuple):
         if kind(leaf.dtype) == "float":
             if leaf.dtype == "float32" or not self.keep:
                 leaf.stored = self.variable
+            # Never state: a running mean in 16 bits stops moving.
             if leaf.is_params and leaf.rule.autocast is not False:
                 leaf.cast = self.compute
         if leaf.rule.dtype is not None and leaf.accepts("dtype", leaf.rule.dtype):
@@ -66,7 +67,7 @@ class Weights:
             owner: Its name begins the paths of the variables, and it must still track them.
             trees: `params` and `state` with the initial values, which are copied.
             join: Makes one pytree of both, which gives each leaf its path.
-            rules: What holds for leaves. `freeze` adds to them.
+            rules: The rules for leaves. `freeze` adds to them.
             dtypes: The dtypes of float leaves.
 
         Raises:
@@ -82,6 +83,7 @@ class Weights:
         ]
         self._rules = rules
         resolved = rules.resolve([leaf.path for leaf in self.leaves])
+        # Before the first variable, so that an error leaves nothing behind.
         check_rules(rules, self.leaves)
         for leaf, rule in zip(self.leaves, resolved, strict=True):
             leaf.rule = rule
@@ -116,6 +118,7 @@ class Weights:
         check_rules(Rules([(pattern, rule)]), self.leaves)
         for index in match(pattern, [leaf.path for leaf in self.leaves]):
             self.leaves[index].obey(rule)
+        # From now on it is one of the rules that a config holds.
         self._rules.pairs.append((pattern, rule))
 
     def table(self, trained: Iterable[keras.Variable]) -> WeightTable:
@@ -173,7 +176,8 @@ class _Place:
 
 
 def _paths(structures: Sequence[Structure], join: Join) -> list[tuple[str, ...]]:
-    """The names above each leaf in the joined tree, made unique."""
+    """Return the names above each leaf in the joined tree, made unique."""
+    # Objects of our own: an adapter may put them anywhere, and `id` finds them.
     places = [[_Place() for _ in structure.array_paths()] for structure in structures]
     joined = join(*(s.unflatten(part) for s, part in zip(structures, places, strict=True)))
     found = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +14,12 @@ import keras
 
 from jaxwrap._errors import check_types, describe, door, naming
 from jaxwrap._layer import Adapter, CallResult, JaxLayer
-from jaxwrap._layer._seeds import init_seed, to_key
 from jaxwrap._layer._signature import AUTO
 from jaxwrap._pytree import is_array
 from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
-from jaxwrap.adapters._arguments import ModuleArguments
+from jaxwrap.adapters._arguments import ModuleArguments, select_output
+from jaxwrap.adapters._equinox_calls import axis_name_of, make_module, suggesting_batch, takes_key
 from jaxwrap.adapters._equinox_leaves import ModuleLeaves
 from jaxwrap.adapters._libraries import require
 from jaxwrap.adapters._methods import (
@@ -33,6 +32,7 @@ from jaxwrap.adapters._methods import (
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
+# `eq=False`, since `==` of modules compares arrays, which has no single answer.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equinox(Adapter):
     """The adapter of Equinox modules. `EquinoxLayer` documents the fields."""
@@ -44,6 +44,7 @@ class Equinox(Adapter):
     batch: bool = False
     unbatched: Sequence[str] = ()
     training_argument: str | None = AUTO
+    output: str | int | None = None
     factory: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -67,8 +68,8 @@ class Equinox(Adapter):
     @functools.cached_property
     def _own(self) -> list[str]:
         """The names of arguments that the layer passes."""
-        own = [name for name in ("key", "state") if name in self._parameters]
-        return [name for name in own if name == "key" or self.state is not None]
+        own = ["key"] if takes_key(self._parameters) else []
+        return own + (["state"] if self.state is not None else [])
 
     @functools.cached_property
     def _arguments(self) -> ModuleArguments:
@@ -87,11 +88,11 @@ class Equinox(Adapter):
         return "always" if "key" in self._own else "never"
 
     def signature(self) -> inspect.Signature:
-        """The arguments of the module, without the train flag, the key and the state."""
+        """Return the arguments of the module, without the train flag, the key and the state."""
         return self._arguments.signature
 
     def initial(self) -> tuple[PyTree, PyTree]:
-        """The arrays of the module; those that are not trained, and the module's state, are state."""
+        """Return the arrays of the module. Those that are not trained, and the module's state, are state."""
         import equinox as eqx
 
         spec = eqx.is_inexact_array if self.filter_spec is None else self.filter_spec
@@ -122,12 +123,14 @@ class Equinox(Adapter):
         def call(inputs: Mapping[str, PyTree], key: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
             own = {name: {"key": key, "state": state}[name] for name in self._own}
             outputs = self._arguments.call(fn, inputs, training, **own)
-            return outputs if is_stateful else (outputs, state)
+            outputs, new = outputs if is_stateful else (outputs, state)
+            return select_output(outputs, self.output), new
 
         if self.batch:
-            outputs, new = self._map(call, _axis_name(module), inputs, keys, state["state"])
+            outputs, new = self._map(call, axis_name_of(module), inputs, keys, state["state"])
         else:
-            outputs, new = call(inputs, keys, state["state"])
+            with suggesting_batch():
+                outputs, new = call(inputs, keys, state["state"])
         return CallResult(outputs, {**state, "state": new})
 
     def _map(
@@ -147,6 +150,7 @@ class Equinox(Adapter):
             raise ValueError(
                 "with `batch=True` at least one argument must be a tensor with a batch; received none."
             )
+        # One key for all examples would draw the same mask for each.
         keys = None if key is None else jax.random.split(key, array.shape[0])
         vmapped = eqx.filter_vmap(
             call, in_axes=(axes, eqx.if_array(0), None), out_axes=(0, None), axis_name=axis_name
@@ -154,16 +158,16 @@ class Equinox(Adapter):
         return vmapped(dict(inputs), keys, state)
 
     def module_of(self, params: PyTree, state: PyTree) -> Any:
-        """Make a new module of these values; for a stateful one, the module and the state."""
+        """Make a new module of these values. For a stateful one, the module and the state."""
         module = self._leaves.join(params, state["module"])
         return module if state["state"] is None else (module, state["state"])
 
     def checkpoint_tree(self, params: PyTree, state: PyTree) -> PyTree:
-        """The module, whose leaves Equinox saves in its own order."""
+        """Return the module, whose leaves Equinox saves in its own order."""
         return self.module_of(params, state)
 
     def get_config(self) -> dict[str, Any]:
-        """The fields as JSON, with arrays left to the weights file."""
+        """Return the fields as JSON, with arrays left to the weights file."""
         import equinox as eqx
 
         if self.factory is None and "state" in self._own:
@@ -180,6 +184,7 @@ class Equinox(Adapter):
             "batch": self.batch,
             "unbatched": list(self.unbatched),
             "training_argument": self.training_argument,
+            "output": self.output,
         }
         if self.factory is not None:
             return {**config, "factory": serialize(self.factory, "factory")}
@@ -187,7 +192,7 @@ class Equinox(Adapter):
 
     @classmethod
     def fields_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields. A method that is named must be the module's own."""
+        """Return the fields. A method that is named must be the module's own."""
         import equinox as eqx
 
         fields = super().fields_from_config(config)
@@ -217,6 +222,7 @@ class EquinoxLayer(JaxLayer):
         unbatched: The names of arguments that `batch` does not map, such as the times of a differential equation.
         training_argument: The train flag of the method, if it has one: see `FlaxLayer`. With None the module stays in
             the mode it is in.
+        output: See `FlaxLayer`.
         factory: Instead of `module` and `state`, which are then None: see `from_factory`.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
@@ -250,14 +256,23 @@ class EquinoxLayer(JaxLayer):
         batch: bool = False,
         unbatched: Sequence[str] = (),
         training_argument: str | None = AUTO,
+        output: str | int | None = None,
         factory: Callable[..., Any] | None = None,
         **kwargs: Any,
     ):
         with naming(describe(self, kwargs.get("name"))):
             if factory is not None:
-                module, state = _make(factory, kwargs.get("seed"), kwargs.get("key_impl"))
+                module, state = make_module(factory, kwargs.get("seed"), kwargs.get("key_impl"))
             adapter = Equinox(
-                module, state, filter_spec, method, batch, unbatched, training_argument, factory
+                module,
+                state,
+                filter_spec,
+                method,
+                batch,
+                unbatched,
+                training_argument,
+                output,
+                factory,
             )
         super().__init__(adapter, **kwargs)
 
@@ -294,27 +309,8 @@ class EquinoxLayer(JaxLayer):
 
     @door
     def module_with_weights(self) -> Any:
-        """Return a new module with the present values of the weights; for a stateful one, the module and the state."""
+        """Return a new module with the present values of the weights. For a stateful one, also the state."""
         variables = jax.tree_util.tree_map(
             lambda leaf: jnp.asarray(leaf) if is_array(leaf) else leaf, self.get_variables()
         )
         return self.adapter.module_of(variables["params"], variables["state"])
-
-
-def _make(factory: Callable[..., Any], seed: int | None, impl: str | None) -> tuple[Any, Any]:
-    """Return the module that a factory makes, and its state or None."""
-    key = to_key(init_seed(random.randint(1, 10**9) if seed is None else seed, 0), impl)
-    named = "key" in inspect.signature(factory).parameters
-    made = factory(key=key) if named else factory(key)
-    return made if isinstance(made, tuple) else (made, None)
-
-
-def _axis_name(module: Any) -> Any:
-    """Return the axis over which the module's normalizations take their means."""
-    import equinox as eqx
-
-    def is_norm(node: Any) -> bool:
-        return isinstance(node, eqx.nn.BatchNorm)
-
-    nodes = jax.tree_util.tree_leaves(module, is_leaf=is_norm)
-    return next((node.axis_name for node in nodes if is_norm(node)), None)

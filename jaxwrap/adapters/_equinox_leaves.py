@@ -18,6 +18,7 @@ class ModuleLeaves:
         self._leaves, self._treedef = jax.tree_util.tree_flatten(module)
         seen: dict[int, int] = {}
         self._first = [
+            # By identity: two arrays of equal values are two weights.
             seen.setdefault(id(leaf), place) if is_array(leaf) else place
             for place, leaf in enumerate(self._leaves)
         ]

@@ -15,7 +15,7 @@ from jaxwrap._layer import Adapter, CallResult, JaxLayer
 from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import name_of, serialize
 from jaxwrap._typing import PyTree
-from jaxwrap.adapters._arguments import ModuleArguments
+from jaxwrap.adapters._arguments import ModuleArguments, select_output
 from jaxwrap.adapters._libraries import require
 
 
@@ -27,6 +27,7 @@ class Haiku(Adapter):
     transformed: Any
     method: str | int | None = None
     training_argument: str | None = AUTO
+    output: str | int | None = None
 
     def __post_init__(self) -> None:
         require("haiku", "0.0.13", distribution="dm-haiku")
@@ -53,19 +54,28 @@ class Haiku(Adapter):
 
     @functools.cached_property
     def _passed(self) -> list[str]:
-        """What Haiku itself passes, before the arguments of the function."""
-        first = list(inspect.signature(self._apply).parameters)[:3]
-        return [name for name in ("params", "state", "rng") if name in first]
+        """The names of what Haiku itself takes, before the arguments of the function, whatever those are called."""
+        import haiku as hk
+
+        with_state = (hk.TransformedWithState, hk.MultiTransformedWithState)
+        has_state = isinstance(self.transformed, with_state)
+        made_by = getattr(self._apply, "func", self._apply)  # of a multi-transform, a partial
+        has_rng = not getattr(made_by, "__qualname__", "").startswith("without_apply_rng.")
+        return ["params", *(["state"] if has_state else []), *(["rng"] if has_rng else [])]
 
     @functools.cached_property
     def _arguments(self) -> ModuleArguments:
-        parameters = inspect.signature(self._apply).parameters
-        taken = {name: p for name, p in parameters.items() if name not in self._passed}
-        if (
-            self.method is not None
-        ):  # Haiku hides the arguments of the functions of a multi-transform
-            taken = inspect.signature(lambda *args: None).parameters
-        return ModuleArguments(taken, self.training_argument)
+        # The signature of `apply` loses arguments that are called as Haiku's own.
+        original = getattr(self._apply, "_original_fn", None)
+        if self.method is not None:
+            # Haiku hides the arguments of the functions of a multi-transform.
+            taken = dict(inspect.signature(lambda *args: None).parameters)
+        elif original is not None:
+            taken = dict(inspect.signature(original).parameters)
+        else:
+            parameters = list(inspect.signature(self._apply).parameters.values())
+            taken = {p.name: p for p in parameters[len(self._passed) :]}
+        return ModuleArguments(taken, self.training_argument, by_position=True)
 
     @property
     def draws(self) -> str:  # type: ignore[override]
@@ -93,7 +103,8 @@ class Haiku(Adapter):
         values = {"params": params, "state": state, "rng": keys}
         apply = functools.partial(self._apply, *(values[name] for name in self._passed))
         result = self._arguments.call(apply, inputs, training)
-        return CallResult(*result) if "state" in self._passed else CallResult(result)
+        outputs, new = result if "state" in self._passed else (result, None)
+        return CallResult(select_output(outputs, self.output), new)
 
     def get_config(self) -> dict[str, Any]:
         """The fields as JSON. A transform is a pair of closures, which only a registered name can stand for."""
@@ -106,6 +117,7 @@ class Haiku(Adapter):
             "transformed": serialize(self.transformed, "transformed"),
             "method": self.method,
             "training_argument": self.training_argument,
+            "output": self.output,
         }
 
 
@@ -125,6 +137,7 @@ class HaikuLayer(JaxLayer):
         state: Likewise, the initial state.
         method: For `hk.multi_transform`, the name or the index of the function to apply.
         training_argument: The train flag of the function: see `FlaxLayer`.
+        output: See `FlaxLayer`.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
@@ -154,9 +167,10 @@ class HaikuLayer(JaxLayer):
         *,
         method: str | int | None = None,
         training_argument: str | None = AUTO,
+        output: str | int | None = None,
         **kwargs: Any,
     ):
         with naming(describe(self, kwargs.get("name"))):
-            adapter = Haiku(transformed, method, training_argument)
+            adapter = Haiku(transformed, method, training_argument, output)
         super().__init__(adapter, params=params, state=state, **kwargs)
         self.transformed, self.method = transformed, method

@@ -16,7 +16,7 @@ from jaxwrap._layer import Adapter, CallResult, JaxLayer
 from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
-from jaxwrap.adapters._arguments import ModuleArguments
+from jaxwrap.adapters._arguments import ModuleArguments, select_output
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, STATE, TRAINABLE, Collections
 from jaxwrap.adapters._libraries import require
 from jaxwrap.adapters._methods import (
@@ -43,6 +43,7 @@ class Linen(Adapter):
     collections: Mapping[str, str] | None = None
     rngs: Mapping[str, int | None] | Sequence[str] | None = None
     training_argument: str | None = AUTO
+    output: str | int | None = None
 
     passes_all_keys: ClassVar[bool] = False
 
@@ -69,11 +70,11 @@ class Linen(Adapter):
         return ModuleArguments(parameters, argument)
 
     def signature(self) -> inspect.Signature:
-        """The arguments of the method, without the train flag."""
+        """Return the arguments of the method, without the train flag."""
         return self._arguments.signature
 
     def streams(self) -> Mapping[str, int | None]:
-        """Those in `rngs`. By default one, from which Linen draws for all others."""
+        """Return those in `rngs`. By default one, from which Linen draws for all others."""
         if self.rngs is None:
             return {"dropout": None}
         return self.rngs if isinstance(self.rngs, Mapping) else dict.fromkeys(self.rngs)
@@ -103,6 +104,7 @@ class Linen(Adapter):
                 training=training,
                 rngs=rngs,
                 method=self._run,
+                # Linen's `init` leaves out `intermediates`, but `apply` returns them if they are mutable.
                 mutable=DenyList(fixed),
             )
 
@@ -113,6 +115,7 @@ class Linen(Adapter):
         else:
             try:
                 outputs, changed = apply({})
+            # Keys only if it fails without: most modules draw nothing in inference, and seeds must not move.
             except InvalidRngError:
                 outputs, changed = apply(_with_default_stream(keys))
         # Only what `init` makes is state. Other collections appear in `apply` alone.
@@ -120,14 +123,15 @@ class Linen(Adapter):
         return self._roles.result(outputs, new_state, changed)
 
     def _run(self, module: Any, inputs: Mapping[str, PyTree], training: bool) -> Any:
-        return self._arguments.call(bind_method(module, self.method), inputs, training)
+        outputs = self._arguments.call(bind_method(module, self.method), inputs, training)
+        return select_output(outputs, self.output)
 
     def join(self, params: PyTree, state: PyTree) -> PyTree:
-        """One dict of all collections, as `module.apply` takes it."""
+        """Make one dict of all collections, as `module.apply` takes it."""
         return {**(params or {}), **(state or {})}
 
     def split(self, variables: Any) -> tuple[PyTree, PyTree]:
-        """The collections by their roles."""
+        """Split the collections by their roles."""
         if not isinstance(variables, Mapping):
             raise ValueError(
                 "expected a dict of collections, as `module.init` and `get_variables` return it; received a "
@@ -136,7 +140,7 @@ class Linen(Adapter):
         return self._roles.select(variables, TRAINABLE), self._roles.select(variables, STATE)
 
     def get_config(self) -> dict[str, Any]:
-        """The fields as JSON, with a bound method by its name."""
+        """Return the fields as JSON, with a bound method by its name."""
         from flax import linen
 
         method = method_for_config(self.module, self.method, linen.Module)
@@ -146,11 +150,12 @@ class Linen(Adapter):
             "collections": serialize(self._roles.given, "collections"),
             "rngs": serialize(None if self.rngs is None else dict(self.streams()), "rngs"),
             "training_argument": self.training_argument,
+            "output": self.output,
         }
 
     @classmethod
     def fields_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields. A method that is named must be the module's own."""
+        """Return the fields. A method that is named must be the module's own."""
         from flax import linen
 
         fields = super().fields_from_config(config)
@@ -190,13 +195,14 @@ class FlaxLayer(JaxLayer):
         rngs: The names of the RNG streams, or a dict with a seed for each, or None for the seed of the layer. By
             default any stream that the module asks for.
         training_argument: The train flag of the method. By default `training`, `train`, `is_training`, or the opposite,
-            `deterministic`, `inference`, `use_running_average`; "train" names it, "!frozen" names an opposite one. With
+            `deterministic`, `inference`, `use_running_average`. "train" names it, "!frozen" names an opposite one. With
             None the module's own default holds.
+        output: The attribute, key or index of the one output to return. By default the layer returns all.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
         module: The module.
-        method: The method, as given.
+        method: The method, as passed.
 
     Raises:
         TypeError: If `module` is not a Linen module, or `variables` is not a dict.
@@ -223,12 +229,13 @@ class FlaxLayer(JaxLayer):
         collections: Mapping[str, str] | None = None,
         rngs: Mapping[str, int | None] | Sequence[str] | None = None,
         training_argument: str | None = AUTO,
+        output: str | int | None = None,
         **kwargs: Any,
     ):
         overrides = type(self)._get_call_rng is not JaxLayer._get_call_rng
         with naming(describe(self, kwargs.get("name"))):
             adapter = (LinenWithAllKeys if overrides else Linen)(
-                module, method, collections, rngs, training_argument
+                module, method, collections, rngs, training_argument, output
             )
             if variables is not None:
                 if not isinstance(variables, Mapping):

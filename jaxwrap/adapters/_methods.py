@@ -65,6 +65,7 @@ def check_method(module: Any, method: Any, library_base: type) -> None:
     """
     if not isinstance(method, str):
         return
+    # The library's base classes have functions such as `Module.clone`, which a file must not call.
     own = [cls for cls in type(module).__mro__ if not issubclass(library_base, cls)]
     found = next((vars(cls)[method] for cls in own if method in vars(cls)), None)
     # Equinox wraps the functions of a module's class.

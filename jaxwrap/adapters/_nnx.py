@@ -17,7 +17,7 @@ from jaxwrap._layer import Adapter, CallResult, JaxLayer
 from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
-from jaxwrap.adapters._arguments import ModuleArguments
+from jaxwrap.adapters._arguments import ModuleArguments, select_output
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, OUTPUT, Collections
 from jaxwrap.adapters._libraries import require
 from jaxwrap.adapters._methods import (
@@ -37,9 +37,10 @@ _DEFAULT_ROLES = {"losses": LOSS, "metrics": METRIC, "intermediates": DROP}
 @keras.saving.register_keras_serializable(package="jaxwrap")
 @dataclasses.dataclass(frozen=True, eq=False)
 class NNX(Adapter):
-    """The adapter of NNX modules. `NNXLayer` documents the fields; `trained` is its `trainable`.
+    """The adapter of NNX modules. `NNXLayer` documents the fields. `trained` is its `trainable`.
 
-    Keys and counters of `nnx.Rngs` are state, so calls get no keys of the layer.
+    Keys and counters of `nnx.Rngs` are state. So a call gets keys of the layer only if the method takes `rngs`, and the
+    module does not have any of its own.
     """
 
     module: nnx.Module | None
@@ -47,9 +48,8 @@ class NNX(Adapter):
     trained: Any = None
     collections: Mapping[Any, str] | None = None
     training_argument: str | None = AUTO
+    output: str | int | None = None
     factory: Callable[..., nnx.Module] | None = None
-
-    draws = "never"
 
     def __post_init__(self) -> None:
         require("flax", "0.12")
@@ -67,7 +67,7 @@ class NNX(Adapter):
 
     @functools.cached_property
     def example(self) -> nnx.Module:
-        """The module; for a factory, one without values."""
+        """The module. For a factory, one without values."""
         if self.factory is None:
             return self.module  # type: ignore[return-value]
         return _abstract(self.factory)
@@ -79,7 +79,22 @@ class NNX(Adapter):
 
     @functools.cached_property
     def _arguments(self) -> ModuleArguments:
-        return ModuleArguments(method_parameters(self.example, self.method), self.training_argument)
+        parameters = method_parameters(self.example, self.method)
+        return ModuleArguments(parameters, self.training_argument, ["rngs"])
+
+    @functools.cached_property
+    def _takes_rngs(self) -> bool:
+        from flax import nnx
+
+        if "rngs" not in method_parameters(self.example, self.method):
+            return False
+        _, own, _ = nnx.split(self.example, nnx.RngState, ...)
+        return not jax.tree_util.tree_leaves(own)
+
+    @property
+    def draws(self) -> str:  # type: ignore[override]
+        """Always, for a method that takes `rngs`."""
+        return "always" if self._takes_rngs else "never"
 
     @property
     def _filter(self) -> Any:
@@ -92,9 +107,10 @@ class NNX(Adapter):
         return self._parts(self.example)[0]
 
     def _parts(self, module: Any) -> Any:
-        """The graph definition, parameters and state of a copy of a module, without what it has sown."""
+        """Return the graph definition, parameters and state of a copy of a module, without what it has sown."""
         from flax import nnx
 
+        # Of a clone, since `pop` takes variables out, and the module of the user must not change.
         copy = nnx.clone(module)
         self._pop_sown(copy)
         return nnx.split(copy, self._filter, ...)
@@ -106,11 +122,11 @@ class NNX(Adapter):
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
     def initial(self) -> tuple[PyTree, PyTree] | None:
-        """The values of the module, unless a factory makes them."""
+        """Return the values of the module, unless a factory makes them."""
         return None if self.factory is not None else self._values(self.module)
 
     def signature(self) -> inspect.Signature:
-        """The arguments of the method, without the train flag."""
+        """Return the arguments of the method, without the train flag."""
         return self._arguments.signature
 
     def init(self, keys: PyTree, inputs: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
@@ -118,9 +134,8 @@ class NNX(Adapter):
         from flax import nnx
 
         assert self.factory is not None
-        if not jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key):
-            keys = jax.random.wrap_key_data(keys)
-        return self._values(_make(self.factory, nnx.Rngs(keys)))
+        # `nnx.Rngs` takes typed keys, and the keys of a layer are raw by default.
+        return self._values(_make(self.factory, nnx.Rngs(_typed(keys))))
 
     def call(
         self,
@@ -136,7 +151,11 @@ class NNX(Adapter):
         module = self.merge(params, state)
         if self.training_argument is not None:
             module.train() if training else module.eval()
-        outputs = self._arguments.call(bind_method(module, self.method), inputs, training)
+        own = {}
+        if self._takes_rngs:
+            own["rngs"] = None if keys is None else nnx.Rngs(_typed(keys))
+        outputs = self._arguments.call(bind_method(module, self.method), inputs, training, **own)
+        outputs = select_output(outputs, self.output)
         sown = self._pop_sown(module)
         _, _, new_state = nnx.split(module, self._filter, ...)
         return self._roles.result(outputs, nnx.to_pure_dict(new_state), sown)
@@ -148,7 +167,7 @@ class NNX(Adapter):
         return nnx.merge(self._graphdef, params, state)
 
     def _pop_sown(self, module: Any) -> dict[str, PyTree]:
-        """Take variables out of a module that are neither parameters nor state; returns them by type."""
+        """Take variables out of a module that are neither parameters nor state. Return them by type."""
         from flax import nnx
         from flax.traverse_util import unflatten_dict
 
@@ -160,7 +179,7 @@ class NNX(Adapter):
         return {name: unflatten_dict(values) for name, values in flat.items()}
 
     def get_config(self) -> dict[str, Any]:
-        """The fields as JSON. Nothing says how an instance was made, so a factory must."""
+        """Return the fields as JSON. Nothing says how an instance was made, so a factory must."""
         from flax import nnx
 
         if self.factory is None:
@@ -176,12 +195,13 @@ class NNX(Adapter):
             "trained": serialize(self.trained, "trainable"),
             "collections": serialize(self._roles.given, "collections"),
             "training_argument": self.training_argument,
+            "output": self.output,
             "factory": serialize(self.factory, "factory"),
         }
 
     @classmethod
     def fields_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields. A method that is named must be the module's own."""
+        """Return the fields. A method that is named must be the module's own."""
         from flax import nnx
 
         fields = super().fields_from_config(config)
@@ -208,12 +228,13 @@ class NNXLayer(JaxLayer):
             for `FlaxLayer`. By default `nnx.Intermediate` is dropped.
         training_argument: The train flag of the method, if it has one: see `FlaxLayer`. With None the module stays in
             the mode it is in.
+        output: See `FlaxLayer`.
         factory: Instead of `module`, which is then None: see `from_factory`.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
         module: The module.
-        method: The method, as given.
+        method: The method, as passed.
 
     Example:
         >>> import numpy as np, jaxwrap
@@ -236,6 +257,7 @@ class NNXLayer(JaxLayer):
         trainable: Any = None,
         collections: Mapping[Any, str] | None = None,
         training_argument: str | None = AUTO,
+        output: str | int | None = None,
         factory: Callable[..., nnx.Module] | None = None,
         **kwargs: Any,
     ):
@@ -244,12 +266,12 @@ class NNXLayer(JaxLayer):
         if isinstance(trainable, bool):
             kwargs["trainable"] = trainable
         with naming(describe(self, kwargs.get("name"))):
-            adapter = NNX(module, method, trained, collections, training_argument, factory)
+            adapter = NNX(module, method, trained, collections, training_argument, output, factory)
         super().__init__(adapter, **kwargs)
 
     @property
     def module(self) -> nnx.Module:
-        """The module; for a factory, one without values."""
+        """The module. For a factory, one without values."""
         return self.adapter.example
 
     @property
@@ -283,6 +305,11 @@ class NNXLayer(JaxLayer):
         """
         values = jax.tree_util.tree_map(jnp.asarray, self.get_variables())
         return self.adapter.merge(values["params"], values["state"])
+
+
+def _typed(key: Any) -> Any:
+    is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if is_typed else jax.random.wrap_key_data(key)
 
 
 def _abstract(factory: Callable[..., Any]) -> Any:

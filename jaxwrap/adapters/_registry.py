@@ -10,7 +10,8 @@ from typing import Any
 
 import keras
 
-from jaxwrap._layer import Adapter, JaxLayer
+from jaxwrap._layer import Adapter, CallResult, JaxLayer
+from jaxwrap._serialization import register_serializable
 from jaxwrap.adapters._equinox import EquinoxLayer
 from jaxwrap.adapters._haiku import HaikuLayer
 from jaxwrap.adapters._linen import FlaxLayer
@@ -23,10 +24,17 @@ def _is_a(library: str, *names: str) -> Match:
     """Match objects of these classes of a library, without importing it."""
 
     def match(obj: Any) -> bool:
+        # An object of a library exists only after its import, which takes seconds for some.
         module = sys.modules.get(library)
         return module is not None and isinstance(obj, tuple(getattr(module, n) for n in names))
 
     return match
+
+
+def _is_function(obj: Any) -> bool:
+    # Those of `jnp` are objects: jitted functions and ufuncs.
+    is_jax = type(obj).__module__.partition(".")[0] in ("jax", "jaxlib")
+    return inspect.isroutine(obj) or (is_jax and callable(obj))
 
 
 def _is_pair(obj: Any) -> bool:
@@ -38,11 +46,49 @@ def _from_pair(pair: tuple[Callable[..., Any], Callable[..., Any]], **kwargs: An
     return JaxLayer(call_fn, init_fn, **kwargs)
 
 
+def _is_stateful_equinox(obj: Any) -> bool:
+    module = sys.modules.get("equinox")
+    if module is None or type(obj) is not tuple or len(obj) != 2:
+        return False
+    return isinstance(obj[0], module.Module) and isinstance(obj[1], module.nn.State)
+
+
+def _from_equinox(obj: Any, **kwargs: Any) -> EquinoxLayer:
+    module, state = obj if type(obj) is tuple else (obj, kwargs.pop("state", None))
+    # The classes of `eqx.nn` take one example.
+    if type(module).__module__.startswith("equinox.nn"):
+        kwargs.setdefault("batch", True)
+    return EquinoxLayer(module, state, **kwargs)
+
+
+def _has_init_and_apply(obj: Any) -> bool:
+    methods = (getattr(obj, name, None) for name in ("init", "apply"))
+    return not isinstance(obj, type) and all(map(callable, methods))
+
+
+@register_serializable("jaxwrap")
+@dataclasses.dataclass(frozen=True, eq=False)
+class InitApply(Adapter):
+    """The adapter of objects with `init(key, inputs)`, which makes params, and `apply(params, inputs)`."""
+
+    model: Any
+
+    def init(self, keys: Any, inputs: Any) -> tuple[Any, Any]:
+        """Call `init`."""
+        return self.model.init(keys, inputs), None
+
+    def call(self, params: Any, state: Any, keys: Any, inputs: Any, training: bool) -> CallResult:
+        """Call `apply`."""
+        return CallResult(self.model.apply(params, inputs))
+
+
 # A name for errors, the match, and what makes the layer. Later ones are asked first.
 _ADAPTERS: list[tuple[str, Match, Callable[..., Any]]] = [
-    ("a function: JaxLayer", inspect.isroutine, JaxLayer),
+    ("an object with `init` and `apply`: JaxLayer", _has_init_and_apply, InitApply),
+    ("a function: JaxLayer", _is_function, JaxLayer),
     ("a pair (init_fn, call_fn): JaxLayer", _is_pair, _from_pair),
-    ("an Equinox module: EquinoxLayer", _is_a("equinox", "Module"), EquinoxLayer),
+    ("an Equinox module: EquinoxLayer", _is_a("equinox", "Module"), _from_equinox),
+    ("an Equinox module and its state: EquinoxLayer", _is_stateful_equinox, _from_equinox),
     (
         "a Haiku transform: HaikuLayer",
         _is_a(

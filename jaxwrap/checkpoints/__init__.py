@@ -126,6 +126,7 @@ def load(
         if dry_run:
             print(plan)  # noqa: T201 (the purpose of a dry run)
             return plan
+        # Shapes and dtypes are known without reading arrays, so most problems show before.
         plan.check(path)
         targets = {row.name: variables[row.target] for row in plan if row.target in variables}
         # A damaged file may fail at its last array. To read it twice takes less memory than to keep all arrays.

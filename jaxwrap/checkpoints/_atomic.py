@@ -28,6 +28,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             temporary.rename(path)
             _remove(previous)
         else:
+            # A rename may reach the disk before the data do, and a crash between them leaves an empty file.
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -68,6 +68,7 @@ def nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 break
+        # Either order of the two names leads here.
         if not isinstance(node, dict) or last in node:
             raise ValueError(
                 f"{name!r} cannot be in one file with a name that it begins with, or that begins with it. Use other "

@@ -43,6 +43,7 @@ class Eqx(Format):
 
         with path.open("rb") as file:
             eqx.tree_deserialise_leaves(file, tree, filter_spec=skip)
+            # Without names, only the length tells the file of another module.
             if file.tell() != size:
                 raise ValueError("it holds more than the layer has leaves.")
 

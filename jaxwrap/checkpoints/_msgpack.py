@@ -1,15 +1,4 @@
-"""Flax's msgpack: nested dicts.
-
-The file of {"params": {"kernel": array, "bias": array}} is one value, from front to back:
-
-    81                                  a map of 1 pair
-    a6 params                             its key
-    82                                    its value, a map of 2 pairs
-    a6 kernel
-    c8 .... 01 [shape, dtype, bytes]        an extension with the code 1: one array
-    a4 bias
-    c8 .... 01 [shape, dtype, bytes]
-"""
+"""Flax's msgpack: nested dicts, read as a stream."""
 
 from __future__ import annotations
 
@@ -26,6 +15,16 @@ from jaxwrap._pytree import KeyPath, path_str
 from jaxwrap._typing import PyTree
 from jaxwrap.checkpoints._base import Format, OpenFile, nested
 from jaxwrap.checkpoints._plan import Entry
+
+# The file of {"params": {"kernel": array, "bias": array}} is one value, from front to back:
+#
+#     81                                  a map of 1 pair
+#     a6 params                             its key
+#     82                                    its value, a map of 2 pairs
+#     a6 kernel
+#     c8 .... 01 [shape, dtype, bytes]        an extension with the code 1: one array
+#     a4 bias
+#     c8 .... 01 [shape, dtype, bytes]
 
 # The codes of arrays, and of arrays of rank 0.
 _ARRAYS = (1, 3)
@@ -90,6 +89,7 @@ class _Reader:
         self._unpacker = msgpack.Unpacker(
             self._files.enter_context(path.open("rb")),
             ext_hook=_restore,
+            # No length in a damaged file makes it allocate more than that.
             max_buffer_size=self._size + 1,
         )
 
@@ -142,6 +142,7 @@ class _Reader:
         return array[:filled].reshape(shape)
 
     def _empty(self, shape: list[int], dtype: np.dtype) -> np.ndarray:
+        # Python integers, which do not overflow. The shape comes from the file, so check before allocating.
         count = int(np.prod(shape, dtype=object))
         if count * dtype.itemsize > self._size:
             raise ValueError(f"an array of shape {shape} is larger than the file")
@@ -157,6 +158,7 @@ def _restore(code: int, data: bytes) -> Any:
         return msgpack_restore(packed)
     shape, name, buffer = msgpack.unpackb(data, raw=False)
     dtype = jnp.dtype(name)
+    # Bytes of the file would be taken for pointers.
     if dtype.hasobject:
         raise ValueError(f"{name!r} is not a dtype of numbers")
     return np.frombuffer(buffer, dtype).reshape(shape)

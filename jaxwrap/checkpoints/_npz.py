@@ -38,6 +38,7 @@ class Npz(Format):
     def write(self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree) -> None:
         """See the base class."""
         for name, array in arrays.items():
+            # NumPy would write bfloat16 as bare bytes, without an error.
             if array.dtype.kind not in "biufc":
                 raise ValueError(
                     f"{name} is {array.dtype}, which `.npz` cannot hold. Save it as `.safetensors`."
@@ -67,6 +68,7 @@ def read_header(file: Any, available: int, name: str) -> tuple[Entry, int]:
     shape, _, dtype = readers[version](file)
     # Equinox writes bfloat16, for which NumPy's format has no name.
     numbers = dtype.kind in "biufc" or dtype == "V2"
+    # Python integers, which do not overflow.
     length = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if not numbers or min(shape, default=0) < 0 or length > available:
         raise ValueError(

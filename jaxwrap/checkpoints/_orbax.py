@@ -42,6 +42,7 @@ class Orbax(Format):
                 name: Entry(tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
                 for name, leaf in _flat(metadata).items()
             }
+            # Otherwise Orbax asks for the devices that wrote the file.
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
 
             def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -55,6 +56,7 @@ class Orbax(Format):
                     arguments = ocp.args.PyTreeRestore(item=item, restore_args=kinds)
                     restored = _flat(checkpointer.restore(path, args=arguments))
                     for name in batch:
+                        # Popped, so that each array can be freed as soon as it is assigned.
                         yield name, restored.pop(name)
 
             yield OpenFile(entries, read)
@@ -65,6 +67,7 @@ class Orbax(Format):
 
         with StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), nested(arrays))
+            # Orbax writes in the background, and the directory is renamed next.
             checkpointer.wait_until_finished()
 
 

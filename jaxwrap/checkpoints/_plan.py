@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 class Plan(tuple[Row, ...]):
-    """What `load` does, or would do: a tuple of rows that prints as a table."""
+    """The assignments of `load`, done or planned: a tuple of rows that prints as a table."""
 
     __slots__ = ()
 
@@ -67,8 +67,8 @@ def rename(names: Sequence[str], patterns: Names) -> dict[str, str | None]:
 
     Raises:
         TypeError: If `patterns` does not map strings to strings or None.
-        ValueError: If a pattern is no regular expression, is never the first to match, or takes seconds to match; or if
-            two names become one.
+        ValueError: If a pattern is not a regular expression, is never the first to match, or takes seconds to match. Or
+            if two names become one.
     """
     pairs: list[Any] = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
     compiled = [(_compile(pair), pair[1]) for pair in pairs]
@@ -83,7 +83,7 @@ def rename(names: Sequence[str], patterns: Names) -> dict[str, str | None]:
     unused = [pairs[index][0] for index in range(len(pairs)) if index not in used]
     if unused:
         raise ValueError(
-            f"these patterns in `names` are the first to match none of the names: {unused}. The names are "
+            f"these patterns in `names` are not the first to match any of the names: {unused}. The names are "
             f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
         )
     _check_unique(renamed)

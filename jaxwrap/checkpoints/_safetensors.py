@@ -58,6 +58,7 @@ class Safetensors(Format):
                 )
         safetensors.numpy.save_file(
             {
+                # The library writes memory as it lies. `ascontiguousarray` gives a scalar an axis.
                 name: np.ascontiguousarray(array).reshape(array.shape)
                 for name, array in arrays.items()
             },
