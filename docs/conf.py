@@ -24,7 +24,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# Attributes that are properties too would be described twice otherwise.
+# Otherwise attributes that are properties too appear twice.
 napoleon_use_ivar = True
 
 myst_enable_extensions = ["colon_fence"]
@@ -32,8 +32,8 @@ myst_heading_anchors = 3
 
 
 def show_init_signature(app, what, name, obj, options, signature, return_annotation):
-    """Shows a layer's own arguments: autodoc reads them off Keras's `Layer.__new__(*args, **kwargs)`."""
-    if what != "class":
+    """Show the arguments of `__init__`. Autodoc shows those of Keras's `Layer.__new__(*args, **kwargs)`."""
+    if what != "class" or obj.__init__ is object.__init__:
         return None
     parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
     plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
