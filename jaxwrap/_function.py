@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxwrap._bridge import Bridge, BridgedFunction, get_bridge
+from jaxwrap._dtypes import warn_if_narrowed
 from jaxwrap._pytree import Structure, is_array, partition, path_str
 from jaxwrap._tracing import explained
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static
@@ -110,12 +111,14 @@ class PytreeFunction:
         return output_structure.unflatten(outputs), aux_structure.unflatten(aux)
 
     def _check_tensors(self, tensors: list[Any], structure: Structure) -> None:
+        dtypes = []
         for index, tensor in enumerate(tensors):
             try:
-                self._bridge.spec(tensor)
+                dtypes.append(self._bridge.spec(tensor)[1])
             except (TypeError, ValueError) as error:
                 path = structure.array_paths()[index]
                 raise type(error)(f"{self._prefix}argument {path}: {error}") from None
+        warn_if_narrowed(dtypes)
 
 
 def _check_static(structure: Structure, prefix: str) -> None:

@@ -103,10 +103,38 @@ def test_metrics_of_a_function():
     layer(np.full(4, 2.0, "float32"))
     layer(np.full(4, 4.0, "float32"))
     assert [float(to_numpy(loss)) for loss in layer.losses] == [9]
-    (metric,) = layer.metrics
+    loss, metric = sorted(layer.metrics, key=lambda metric: metric.name)
+    assert float(to_numpy(loss.result())) == 9
     assert float(to_numpy(metric.result())) == 3
     metric.reset_state()
     assert float(to_numpy(metric.result())) == 0
+
+
+@pytest.mark.trains
+def test_losses_of_a_dict_are_reported_by_name():
+    def call(params, inputs):
+        fields = inputs * params
+        return CallResult(fields, losses={"pde": (fields**2).mean(), "bc": [jnp.abs(params), 1.0]})
+
+    layer = JaxLayer(call, params=2.0, name="pinn")
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    data = x(8, 3)
+    history = model.fit(data, data, batch_size=4, verbose=0).history
+    pde = ((2 * data) ** 2).mean()
+    np.testing.assert_allclose(history["pinn/pde"][0], pde, 1e-5)
+    np.testing.assert_allclose(history["pinn/bc"][0], 3.0, 1e-6)
+    results = model.evaluate(data, data, batch_size=4, verbose=0, return_dict=True)
+    np.testing.assert_allclose(results["pinn/pde"], pde, 1e-5)
+    np.testing.assert_allclose(results["loss"], (data**2).mean() + pde + 3, 1e-5)
+
+
+def test_a_loss_and_a_metric_of_one_name():
+    def call(inputs):
+        return CallResult(inputs, losses={"size": inputs.sum()}, metrics={"size": inputs})
+
+    with pytest.raises(ValueError, match=r"JaxLayer 'twice': .*a loss and a metric of the name"):
+        JaxLayer(call, name="twice")(x(3))
 
 
 def test_a_metric_that_comes_late():

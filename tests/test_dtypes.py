@@ -13,6 +13,7 @@ from backends import to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import jaxwrap
 from jaxwrap import JaxLayer
 
 DTYPES = [
@@ -67,6 +68,18 @@ def test_float64_under_x64():
         outputs = to_numpy(layer(np.ones(1, "float32")))
         assert outputs.dtype == np.float64
         assert outputs == np.float64(1 / 3)
+
+
+def test_float64_inputs_warn_once(monkeypatch):
+    monkeypatch.setattr("jaxwrap._dtypes._has_warned", False)
+    double = keras.ops.convert_to_tensor(np.ones(3), "float64")
+    if keras.backend.standardize_dtype(double.dtype) != "float64":
+        double = np.ones(3)
+    fn = jaxwrap.wrap_function(lambda x: x * 2)
+    with pytest.warns(UserWarning, match=r"float64.*jax_enable_x64.*guide") as warned:
+        [fn(double) for _ in range(2)]
+    of_ours = [warning for warning in warned if "jax_enable_x64" in str(warning.message)]
+    assert [warning.filename for warning in of_ours] == [__file__]
 
 
 def test_float64_without_x64_is_float32():

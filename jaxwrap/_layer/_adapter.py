@@ -25,7 +25,8 @@ class CallResult:
     Attributes:
         outputs: The outputs, a pytree of arrays.
         state: The new state, of the structure and shapes of the old one. None for a model without state.
-        losses: A pytree of arrays. Their sum is added to the model's loss.
+        losses: A pytree of arrays. Their sum is added to the model's loss. The model also reports those of a dict, as
+            `layer/name`.
         metrics: A dict of arrays. The model reports their means under these names, averaged over batches.
 
     Example:
@@ -48,13 +49,21 @@ class CallResult:
 
         Raises:
             TypeError: If an output is not an array.
+            ValueError: If a loss and a metric have the same name.
         """
+        named = self.losses if isinstance(self.losses, Mapping) else {}
+        if twice := [name for name in named if name in self.metrics]:
+            raise ValueError(
+                f"the model returns a loss and a metric of the name {twice[0]!r}. Give them different names."
+            )
+        totals = {str(name): _total(loss) for name, loss in named.items()}
+        means = {name: jnp.mean(value).astype(jnp.float32) for name, value in self.metrics.items()}
         return CallResult(
             jax.tree_util.tree_map_with_path(_to_array, self.outputs),
             self.state,
             # In float32, whatever the compute dtype: sums in 16 bits lose digits, and overflow.
             _total(self.losses),
-            {name: jnp.mean(value).astype(jnp.float32) for name, value in self.metrics.items()},
+            means | {name: total for name, total in totals.items() if total is not None},
         )
 
 

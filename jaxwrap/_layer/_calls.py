@@ -12,6 +12,7 @@ import jax
 import keras
 
 from jaxwrap._bridge import get_bridge
+from jaxwrap._dtypes import warn_if_narrowed
 from jaxwrap._errors import describe, naming, raise_named
 from jaxwrap._layer import _fast
 from jaxwrap._layer._containers import register_containers
@@ -104,8 +105,9 @@ class Calls:
         """Make the plan for a kind of call, after a look at arguments of another structure than built for."""
         engine, is_tensor = self._engine, get_bridge().is_tensor
         arguments, training = engine.bind(*treedef.unflatten(leaves))
-        _, structure = partition(arguments, is_tensor)
+        tensors, structure = partition(arguments, is_tensor)
         self._check_structure(arguments, structure, bool(training))
+        warn_if_narrowed(get_bridge().spec(tensor)[1] for tensor in tensors)
         # Bound in their place, the numbers of the leaves come out in the order of the structure.
         # Once for each kind of call. Later calls take their tensors by these places, without binding arguments.
         numbers, _ = engine.bind(*treedef.unflatten(range(len(leaves))))

@@ -60,7 +60,8 @@ class Collections:
         if self.named(OUTPUT):
             outputs = (outputs, self.select(sown, OUTPUT))
         metrics = _flat_metrics(self.select(sown, METRIC))
-        return CallResult(outputs, state, self.select(sown, LOSS), metrics)
+        # A list, as only the losses of a dict are reported by name.
+        return CallResult(outputs, state, list(self.select(sown, LOSS).values()), metrics)
 
 
 def _flat_metrics(collections: Mapping[str, PyTree]) -> dict[str, Array]:
