@@ -1,5 +1,7 @@
 """What PyTorch's own tools make of a layer: compilers, and processes that load data."""
 
+import jax
+import jax.numpy as jnp
 import keras
 import models
 import numpy as np
@@ -108,3 +110,34 @@ def test_a_gpu_that_jax_does_not_have(monkeypatch):
         RuntimeError, match=r"(?s)on cuda:0, and JAX has.*Install JAX.*keras\.device"
     ):
         _torch._check_devices([torch.ones(1, device="cuda")])
+
+
+def test_variables_that_exist_at_construction_are_parameters():
+    """An optimizer that is made before the first call trains them, and `load_state_dict` fills them."""
+    import torch
+
+    def net(seed):
+        params = jax.tree.map(
+            np.asarray, models.mlp_init(jax.random.PRNGKey(seed), jnp.ones((1, 5)))
+        )
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(JaxLayer(models.mlp_call, params=params), torch.nn.Linear(3, 1))
+
+    one, two = net(1), net(2)
+    assert len(list(one.parameters())) == 6
+    optimizer = torch.optim.SGD(one.parameters(), 0.1)
+    before = [to_numpy(parameter.detach()).copy() for parameter in one.parameters()]
+    inputs = keras.ops.convert_to_tensor(np.ones((4, 5), "float32"))
+    one(inputs).sum().backward()
+    optimizer.step()
+    moved = [
+        (old != to_numpy(parameter.detach())).any()
+        for old, parameter in zip(before, one.parameters(), strict=True)
+    ]
+    assert all(moved)
+    values = [parameter.detach().clone() for parameter in one.parameters()]
+    states = dict(zip(two.state_dict(), one.state_dict().values(), strict=True))
+    two.load_state_dict(states)
+    for value, parameter in zip(values, two.parameters(), strict=True):
+        np.testing.assert_array_equal(to_numpy(value), to_numpy(parameter.detach()))
+    np.testing.assert_allclose(to_numpy(two(inputs).detach()), to_numpy(one(inputs).detach()), 1e-6)

@@ -68,6 +68,23 @@ class Bridge(abc.ABC):
         """
         return False
 
+    def register_node(
+        self,
+        cls: type,
+        flatten: Callable[[Any], tuple[list[Any], Any]],
+        unflatten: Callable[[Any, Any], Any],
+    ) -> None:
+        """Make a class of containers known to the trees that Keras uses on this backend.
+
+        Args:
+            cls: The class.
+            flatten: Returns the children of a node, and metadata.
+            unflatten: Takes metadata and children, and returns the node.
+        """
+        import optree
+
+        optree.register_pytree_node(cls, flatten, unflatten, namespace="keras")  # type: ignore[arg-type]
+
     def lifted(self) -> contextlib.AbstractContextManager[Any]:
         """Enter a scope in which variables can be read and made while a training step is traced around it."""
         return contextlib.nullcontext()

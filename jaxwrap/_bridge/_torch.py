@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import torch
 from torch._utils import _unflatten_dense_tensors
+from torch.utils import _pytree
 
 from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import ALIGNMENT, Kept, host_copies
@@ -54,6 +55,19 @@ class TorchBridge(Bridge):
         for copy in host_copies(arrays):
             # The tensor shares the memory of the copy, which is aligned so that JAX can alias it in its turn.
             yield torch.from_numpy(copy) if copy.dtype.name in _NUMPY_DTYPES.values() else copy
+
+    def register_node(
+        self,
+        cls: type,
+        flatten: Callable[[Any], tuple[list[Any], Any]],
+        unflatten: Callable[[Any, Any], Any],
+    ) -> None:
+        _pytree.register_pytree_node(
+            cls,
+            flatten,
+            lambda children, metadata: unflatten(metadata, children),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
         # Torch refuses to change a leaf that requires gradients in place, unless nothing is recorded. One call for all,

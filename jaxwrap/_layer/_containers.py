@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import keras
 
+from jaxwrap._bridge import get_bridge
 from jaxwrap._specs import Spec
 from jaxwrap._typing import PyTree
 
@@ -20,7 +20,7 @@ def register_containers(tree: PyTree) -> None:
     """
     for node in _nodes(tree):
         if not keras.tree.is_nested(node):
-            _register(type(node))
+            get_bridge().register_node(type(node), _flatten, _unflatten)
 
 
 def one_level(node: Any) -> tuple[list[Any], Any]:
@@ -51,23 +51,6 @@ def _unflatten(metadata: Any, children: Any) -> Any:
     for place, child in zip(places, children, strict=True):
         parts[place] = child
     return treedef.unflatten(parts)
-
-
-def _register(cls: type) -> None:
-    # On PyTorch, Keras's trees are those of torch; elsewhere they are those of optree.
-    if keras.config.backend() == "torch":
-        from torch.utils import _pytree
-
-        _pytree.register_pytree_node(
-            cls,
-            _flatten,
-            lambda children, metadata: _unflatten(metadata, children),
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-        )
-    elif "optree" in sys.modules:
-        import optree
-
-        optree.register_pytree_node(cls, _flatten, _unflatten, namespace="keras")  # type: ignore[arg-type]
 
 
 def restored(tree: PyTree, like: PyTree) -> PyTree:
