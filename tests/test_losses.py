@@ -225,6 +225,22 @@ def test_only_listed_names_are_loaded():
         jaxwrap.JaxLoss.from_config(config)
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda y_hat, y: (1 - y) * y_hat.sum(-1),
+        lambda preds, target: (1 - target) * preds.sum(-1),
+        lambda y, y_hat: (1 - y) * y_hat.sum(-1),
+        lambda gt, out: (1 - gt) * out.sum(-1),
+        lambda a, b: (1 - a) * b.sum(-1),
+    ],
+)
+def test_usual_names_say_which_are_the_labels(fn):
+    labels, predictions = np.array([0.0, 1.0, 0.5], "float32"), np.ones((3, 2), "float32")
+    expected = ((1 - labels) * 2).mean()
+    assert float(to_numpy(jaxwrap.JaxLoss(fn)(labels, predictions))) == pytest.approx(expected)
+
+
 # Bad input.
 
 
@@ -236,6 +252,7 @@ def test_only_listed_names_are_loaded():
         (losses.ctc_loss, "cannot be called so: missing a required argument"),
         (lambda y_true, labels: y_true, "does not say which ones are the labels"),
         (lambda y_true: y_true, "too many positional arguments"),
+        (lambda p, y: p, "If 'y' is the labels, call the other one `y_pred`"),
     ],
 )
 def test_bad_functions(fn, message):

@@ -9,19 +9,42 @@ from typing import Any
 from jaxwrap._function import PytreeFunction
 from jaxwrap._typing import PyTree, Tensor
 
-# The names in the functions of Optax and others.
-_LABELS = frozenset(["y_true", "label", "labels", "target", "targets", "log_targets"])
+# The names in the functions of Optax, and those that people use.
+_LABELS = frozenset(
+    [
+        "y_true",
+        "label",
+        "labels",
+        "target",
+        "targets",
+        "log_targets",
+        "ground_truth",
+        "truth",
+        "gt",
+        "expected",
+        "actual",
+    ]
+)
 _PREDICTIONS = frozenset(
     [
         "y_pred",
+        "y_hat",
+        "yhat",
+        "pred",
+        "preds",
+        "predicted",
         "prediction",
         "predictions",
         "logits",
         "log_predictions",
         "predictor_outputs",
         "scores",
+        "output",
+        "outputs",
     ]
 )
+# Usually labels, but also a name for anything.
+_PERHAPS_LABELS = frozenset(["y", "t"])
 
 
 class PairFunction:
@@ -59,7 +82,7 @@ def predictions_first(fn: Any, before: tuple[str, ...] = ()) -> bool:
         before: The arguments that come before these two.
 
     Raises:
-        TypeError: If it is not a function of these arguments, or names both alike.
+        TypeError: If it is not a function of these arguments, names both alike, or hints at the other order.
     """
     expected = ", ".join([*before, "y_true", "y_pred"])
     advice = f"Pass a function `fn({expected})`; fix other arguments with `functools.partial`."
@@ -79,4 +102,12 @@ def predictions_first(fn: Any, before: tuple[str, ...] = ()) -> bool:
                 f"the arguments of {fn!r} are called {first!r} and {second!r}, which does not say which ones are the "
                 f"labels. {advice}"
             )
-    return first in _PREDICTIONS or second in _LABELS
+    if first in _PREDICTIONS or second in _LABELS:
+        return True
+    # In `lambda p, y: ...` the labels seem to come second, and in Keras they come first. To guess is to swap them.
+    if second in _PERHAPS_LABELS and first not in _LABELS:
+        raise TypeError(
+            f"the arguments of {fn!r} are called {first!r} and {second!r}. If {second!r} is the labels, call the other "
+            f"one `y_pred`. If {first!r} is, call it `y_true`. {advice}"
+        )
+    return False
