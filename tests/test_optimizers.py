@@ -756,3 +756,31 @@ def test_schedules_of_keras_are_saved():
     again = jaxwrap.OptaxOptimizer.from_config(optimizer.get_config())
     assert again._learning_rate.get_config() == schedule.get_config()
     assert again.get_config() == optimizer.get_config()
+
+
+def test_arguments_that_keras_does_not_know_go_to_the_factory():
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=0.1, b1=0.5, clipnorm=1.0)
+    variable = keras.Variable(np.ones(2, "float32"), name="w")
+    again = jaxwrap.OptaxOptimizer.from_config(optimizer.get_config())
+    other = keras.Variable(np.ones(2, "float32"), name="w")
+    gradients = [np.array([0.3, -0.2], "float32"), np.array([-0.1, 0.4], "float32")]
+    transformation = optax.adam(0.1, b1=0.5)
+    params = jnp.ones(2)
+    state = transformation.init(params)
+    for gradient in gradients:
+        optimizer.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+        again.apply([keras.ops.convert_to_tensor(gradient)], [other])
+        updates, state = transformation.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(to_numpy(variable.value), params, 1e-5)
+    np.testing.assert_allclose(to_numpy(other.value), params, 1e-5)
+    assert repr(optimizer).startswith("<OptaxOptimizer 'optax_optimizer")
+    assert "optax.adam, learning_rate=0.1, step 2" in repr(optimizer)
+
+
+@pytest.mark.parametrize("transformation", [optax.adam, optax.adam(1e-3)])
+def test_arguments_that_nobody_knows(transformation):
+    with pytest.raises(
+        TypeError, match=r"OptaxOptimizer 'o': received beta, which neither.*clipnorm"
+    ):
+        jaxwrap.OptaxOptimizer(transformation, name="o", beta=0.5)

@@ -13,7 +13,7 @@ from jaxwrap._errors import describe, door, naming
 from jaxwrap._training import _building, _saving
 from jaxwrap._training._internals import Internals
 from jaxwrap._training._rate import RatedOptimizer, value_of
-from jaxwrap._training._transformation import Recipe
+from jaxwrap._training._transformation import Recipe, with_arguments
 from jaxwrap._training._update import extra_arguments, tap
 from jaxwrap._typing import PyTree, Tensor
 
@@ -40,7 +40,7 @@ class OptaxOptimizer(RatedOptimizer):
             holds one `learning_rate` in an `optax.inject_hyperparams`.
         **kwargs: Those of `keras.optimizers.Optimizer`: `name`, `weight_decay`, `clipnorm`, `clipvalue`,
             `global_clipnorm`, `use_ema`, `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor`,
-            `gradient_accumulation_steps`.
+            `gradient_accumulation_steps`. Others go to the function: `OptaxOptimizer(optax.adam, 1e-3, b1=0.8)`.
 
     Attributes:
         params: The trained variables in the nested dict. None before `build`.
@@ -61,6 +61,7 @@ class OptaxOptimizer(RatedOptimizer):
 
     def __init__(self, transformation: Any, learning_rate: Any = None, **kwargs: Any):
         with naming(describe(self, kwargs.get("name"))):
+            transformation, kwargs = with_arguments(transformation, kwargs, _saving.KERAS_ARGUMENTS)
             recipe = Recipe(transformation, learning_rate)
         # Past Keras and TensorFlow, which would wrap what is in it.
         object.__setattr__(self, "_own", Internals(recipe))

@@ -14,7 +14,7 @@ from jaxwrap._training._rate import EXAMPLE
 from jaxwrap._weights._files import load, save, stored_paths
 from jaxwrap._weights._names import unique_names
 
-_KERAS_ARGUMENTS = (
+KERAS_ARGUMENTS = (
     "name",
     "weight_decay",
     "clipnorm",
@@ -44,7 +44,7 @@ def get_config(optimizer: Any) -> dict[str, Any]:
     return {
         "transformation": serialize(recipe.source, "transformation"),
         "learning_rate": optimizer._rate_config(),
-        **{name: getattr(optimizer, name) for name in _KERAS_ARGUMENTS},
+        **{name: getattr(optimizer, name) for name in KERAS_ARGUMENTS},
     }
 
 

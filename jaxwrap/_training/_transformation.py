@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,33 @@ class Recipe:
             made = made.gradient_transformation()
         # Then `update` takes extra arguments, whether it needs them or not.
         return optax.with_extra_args_support(made)
+
+
+def with_arguments(
+    transformation: Any, kwargs: Mapping[str, Any], keras_arguments: Collection[str]
+) -> tuple[Any, dict[str, Any]]:
+    """Fix those arguments of a factory that Keras's optimizers do not have.
+
+    Returns:
+        The factory, and the arguments that are left.
+
+    Raises:
+        TypeError: For an argument that neither has.
+    """
+    extra = {name: value for name, value in kwargs.items() if name not in keras_arguments}
+    if not extra:
+        return transformation, dict(kwargs)
+    is_factory = callable(transformation) and not _is_transformation(transformation)
+    parameters = inspect.signature(transformation).parameters if is_factory else {}
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if unknown := [name for name in extra if name not in parameters and not is_open]:
+        listed = ", ".join(parameters) or "no arguments, since it is a transformation already"
+        raise TypeError(
+            f"received {', '.join(unknown)}, which neither a Keras optimizer nor the transformation takes. The "
+            f"transformation takes {listed}; a Keras optimizer {', '.join(keras_arguments)}."
+        )
+    kept = {name: value for name, value in kwargs.items() if name not in extra}
+    return functools.partial(transformation, **extra), kept
 
 
 class SlowParams(NamedTuple):
