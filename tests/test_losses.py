@@ -1,5 +1,6 @@
 """`JaxLoss`. The oracles: the function itself for values, `jax.grad` of it for gradients, Keras for reductions."""
 
+import concurrent.futures
 import functools
 
 import flax.linen as nn
@@ -239,6 +240,19 @@ def test_usual_names_say_which_are_the_labels(fn):
     labels, predictions = np.array([0.0, 1.0, 0.5], "float32"), np.ones((3, 2), "float32")
     expected = ((1 - labels) * 2).mean()
     assert float(to_numpy(jaxwrap.JaxLoss(fn)(labels, predictions))) == pytest.approx(expected)
+
+
+def test_threads_keep_their_own_labels():
+    def slow(labels, logits):
+        return (logits.sum(-1) * 0 + labels).astype("float32")
+
+    loss = jaxwrap.JaxLoss(slow)
+    values = np.arange(480)
+    predictions = keras.ops.convert_to_tensor(np.zeros((1, 2), "float32"))
+    loss(np.array([0]), predictions)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda v: float(to_numpy(loss(np.array([v]), predictions))), values))
+    np.testing.assert_array_equal(found, values)
 
 
 # Bad input.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,11 @@ from jaxwrap._errors import describe, door, naming
 from jaxwrap._serialization import deserialize, serialize_callable
 from jaxwrap._training._predictions import PairFunction
 from jaxwrap._typing import PyTree, Tensor
+
+# The loss that is being called, and its labels. Each thread has its own.
+_LABELS: contextvars.ContextVar[tuple[Any, PyTree]] = contextvars.ContextVar(
+    "labels", default=(None, None)
+)
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
@@ -54,7 +60,6 @@ class JaxLoss(keras.losses.Loss):
         self.fn = fn
         with naming(describe(self)):
             self._on_tensors = PairFunction(fn)
-        self._labels: list[PyTree] = []
 
     @door
     def __call__(self, y_true: PyTree, y_pred: PyTree, sample_weight: Any = None) -> Tensor:
@@ -66,15 +71,17 @@ class JaxLoss(keras.losses.Loss):
             sample_weight: Weights of the examples.
         """
         # Keras casts labels to the dtype of the loss, so that integers become floats. `call` takes the originals.
-        self._labels.append(y_true)
+        token = _LABELS.set((self, y_true))
         try:
             return super().__call__(y_true, y_pred, sample_weight)
         finally:
-            self._labels.pop()
+            _LABELS.reset(token)
 
     def call(self, y_true: PyTree, y_pred: PyTree) -> Tensor:
         """Return the loss of each example."""
-        labels = self._labels[-1] if self._labels else y_true
+        owner, labels = _LABELS.get()
+        if owner is not self:  # called by itself
+            labels = y_true
         loss = self._on_tensors(jax.tree.map(_uncast, y_true, labels), y_pred)
         shape = tuple(getattr(y_pred, "shape", ()))
         is_elementwise = len(shape) > 1 and tuple(loss.shape) == shape
