@@ -141,3 +141,49 @@ def test_variables_that_exist_at_construction_are_parameters():
     for value, parameter in zip(values, two.parameters(), strict=True):
         np.testing.assert_array_equal(to_numpy(value), to_numpy(parameter.detach()))
     np.testing.assert_allclose(to_numpy(two(inputs).detach()), to_numpy(one(inputs).detach()), 1e-6)
+
+
+def deep(params, inputs):
+    for _ in range(8):
+        inputs = jnp.sin(inputs @ params)
+    return inputs
+
+
+def test_residuals_are_freed_after_backward():
+    """As torch frees those of its own layers, though the loss, and so the graph, is kept."""
+    layer = JaxLayer(deep, params=np.eye(256, dtype="float32"))
+    inputs = keras.ops.convert_to_tensor(np.ones((512, 256), "float32"))
+
+    def live():
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def step(retain):
+        loss = (layer(inputs) ** 2).mean()
+        loss.backward(retain_graph=retain)
+        return loss
+
+    kept = [step(retain=False)]
+    before = live()
+    kept += [step(retain=False) for _ in range(5)]
+    assert live() - before < 2**20
+    kept.append(step(retain=True))
+    assert live() - before > 2**21
+    first = layer.params.value.grad.clone()
+    kept[-1].backward()  # again, by the same residuals
+    assert (layer.params.value.grad != first).any()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        kept[0].backward()
+
+
+def test_gradients_under_hooks_of_saved_tensors():
+    import torch
+
+    layer = JaxLayer(deep, params=np.eye(8, dtype="float32"))
+    inputs = keras.ops.convert_to_tensor(np.ones((4, 8), "float32"))
+    layer(inputs).sum().backward()
+    expected = layer.params.value.grad.clone()
+    layer.params.value.grad = None
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        output = layer(inputs).sum()
+    output.backward()
+    np.testing.assert_allclose(to_numpy(layer.params.value.grad), to_numpy(expected), 1e-5)

@@ -207,12 +207,15 @@ class _Record(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function: _Function, wrt, counted, *tensors):  # type: ignore[override]
-        # JAX arrays cannot go through `save_for_backward`. On `ctx` they live as long as the graph.
-        (outputs, aux, static), ctx.residuals, ctx.pullback = function.linearize(wrt, tensors)
+        (outputs, aux, static), residuals, ctx.pullback = function.linearize(wrt, tensors)
         counted += [len(outputs), static]
         outputs, aux = _to_torch(outputs, aux)
         # Torch raises when they are read back in `backward` if one was changed in place, as for its own layers.
-        ctx.save_for_backward(*function.kept(tensors))
+        # It frees after `backward` what was saved so, and nothing else on `ctx`: a kept loss would keep the residuals.
+        # They are JAX arrays, so an empty tensor carries them.
+        carrier: Any = torch.empty(0)
+        carrier.residuals = residuals
+        ctx.save_for_backward(*function.kept(tensors), carrier)
         # Else torch would make zeros for `aux` and for integers, which nothing reads.
         ctx.set_materialize_grads(False)
         ctx.function, ctx.wrt = function, wrt
@@ -231,20 +234,22 @@ class _Record(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable  # a compiled training step would trace it
     def backward(ctx, *cotangents):  # type: ignore[override]
-        tensors = ctx.saved_tensors
+        *tensors, carrier = ctx.saved_tensors
+        # Hooks of saved tensors, such as those of `torch.utils.checkpoint`, return another tensor, without them.
+        residuals = getattr(carrier, "residuals", None)
         received = [
             torch.zeros(shape, dtype=dtype, device=device)
             if cotangents[index] is None
             else cotangents[index]
             for index, shape, dtype, device in ctx.floats
         ]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or residuals is None:
             # backward(create_graph=True): the gradient must be differentiable as well
             pullback = ctx.function.vjp(ctx.wrt, len(received))
             gradients = pullback(*tensors, *received).outputs
         else:
             arguments = [ctx.function.array(tensors, index) for index in ctx.pullback.arguments]
-            arrays = ctx.pullback.packed(*arguments, *ctx.residuals, *map(_to_jax, received))
+            arrays = ctx.pullback.packed(*arguments, *residuals, *map(_to_jax, received))
             gradients = _gradients([tensors[index] for index in ctx.wrt], *arrays)
         # `forward` takes three arguments before the tensors.
         result: list[Any] = [None] * (3 + len(tensors))
