@@ -299,3 +299,16 @@ def test_any_memory_layout(layout, backend):
     np.testing.assert_array_equal(
         to_numpy(jaxwrap.wrap_function(lambda x: x + 0)(value)), to_numpy(value)
     )
+
+
+def test_a_bridge_that_lacks_a_part_cannot_be_made():
+    from jaxwrap._bridge import Bridge
+
+    class Half(Bridge):
+        name = "half"
+
+        def is_concrete(self, leaf):
+            return True
+
+    with pytest.raises(TypeError, match=r"abstract.*copies.*wrap"):
+        Half()

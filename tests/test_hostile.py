@@ -11,12 +11,14 @@ import resource
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 
 import flax.linen as nn
 import h5py
 import jax
 import keras
+import models
 import numpy as np
 import pytest
 from backends import to_numpy
@@ -703,3 +705,53 @@ def test_a_bomb_in_an_archive(tmp_path):
         archive.writestr("model.weights.h5", io.BytesIO(b"\0" * 10**6).getvalue())
     with watched(), pytest.raises((ValueError, RecursionError)):
         keras.models.load_model(path)
+
+
+# Weights files that claim more than they hold.
+
+
+def written(tmp_path):
+    layer = FlaxLayer(models.Cnn(), seed=1, name="cnn")
+    model = keras.Sequential([keras.Input((6, 6, 2)), layer])
+    model.save_weights(tmp_path / "w.weights.h5")
+    return model, tmp_path / "w.weights.h5"
+
+
+def own_group(file):
+    """The group that holds the weights of the layer."""
+    found = []
+    file.visit(lambda name: found.append(name) if name.endswith("/paths") else None)
+    return file[found[0].removesuffix("/paths")]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["links", "twice", "list"])
+def test_files_that_claim_more_than_they_hold(kind, tmp_path):
+    model, path = written(tmp_path)
+    before = [to_numpy(variable.value) for variable in model.variables]
+    with h5py.File(path, "a") as file:
+        group = own_group(file)
+        listed = bytes(group["paths"][()]).decode()
+        if kind == "links":  # twenty names for 40 MB
+            del group["paths"]
+            group.create_dataset("large", data=np.ones(10**7, "float32"))
+            for number in range(20):
+                group[f"link{number}"] = group["large"]
+                listed += f"\nlink{number}"
+            group.create_dataset("paths", data=np.frombuffer(listed.encode(), "uint8"))
+        elif kind == "list":
+            del group["paths"]
+            group.create_dataset("paths", (10**11,), "uint8", chunks=(10**6,))
+        else:
+            del group["paths"]
+            twice = (listed + "\nparams/Dense_0/bias").encode()
+            group.create_dataset("paths", data=np.frombuffer(twice, "uint8"))
+    message = {"links": "unexpected: link0", "twice": "more than once", "list": "paths"}
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"FlaxLayer 'cnn': (?s:.)*{message[kind]}"):
+        model.load_weights(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(to_numpy(variable.value), value)

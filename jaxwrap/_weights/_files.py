@@ -17,6 +17,8 @@ from jaxwrap._weights._variables import assign, to_host
 _PATHS = "paths"
 _CHECKSUM = "checksum"
 _SEEDS = "seed_generator"
+# Bytes of a list that no layer reaches.
+_MOST_PATHS = 2**26
 
 
 def save(
@@ -58,58 +60,93 @@ def load(
         ValueError: If weights are missing, not expected, or of another shape, with a line for each. Or if the file is
             damaged.
     """
-    if _PATHS in store:
-        arrays = {path: np.asarray(store[path]) for path in stored_paths(store) if path in store}
-        whole = _CHECKSUM not in store or np.array_equal(store[_CHECKSUM], _checksum(arrays))
-    else:
-        by_number = {str(number): path for number, path in enumerate(in_order)}
-        arrays = {
-            by_number.get(key, str(key)): np.asarray(store[key]) for key in list(store.keys())
-        }
-        whole = True
-    found_seeds = {path: arrays.pop(path) for path in list(arrays) if path.startswith(_SEEDS + "/")}
-    problems = [f"  missing: {path}" for path in weights if path not in arrays]
-    problems += [f"  unexpected: {path}" for path in arrays if path not in weights]
-    values = {}
-    for path, variable in weights.items():
-        if path in arrays:
-            values[path] = value = _from_file(arrays[path], variable.dtype)
-            if value.shape != tuple(variable.shape):
-                problems.append(
-                    f"  shape: {path} is {tuple(variable.shape)}, in the file {value.shape}"
-                )
-            if not can_hold(variable.dtype, value.dtype):
-                problems.append(f"  dtype: {path} is {variable.dtype}, in the file {value.dtype}")
-    # The layer may have other streams than the one that wrote the file.
-    states = {
-        name: found_seeds[f"{_SEEDS}/{name}"] for name in seeds if f"{_SEEDS}/{name}" in found_seeds
-    }
-    for name, state in states.items():
-        if state.shape != tuple(seeds[name].shape) or state.dtype.kind not in "iu":
-            problems.append(f"  seed: {_SEEDS}/{name} is not a pair of integers")
-    if problems:
+    entries = _entries(store, in_order)
+    # A file may claim more than it holds: links to one dataset, or one of zeros that are not stored. So names and
+    # shapes are compared before anything is read, and what is read is at most what the layer has.
+    if problems := _problems(entries, weights, seeds):
         raise ValueError(
             "the weights in the file are not those of the layer. No weight has been changed.\n"
             + "\n".join(problems)
         )
-    # After the problems, which say more about a file of another layer.
-    if not whole:
+    own_seeds = {f"{_SEEDS}/{name}": variable for name, variable in seeds.items()}
+    arrays = {
+        path: np.asarray(store[key])
+        for path, (key, _) in entries.items()
+        if path in weights or path.startswith(_SEEDS + "/")
+    }
+    if _CHECKSUM in store and not np.array_equal(store[_CHECKSUM], _checksum(arrays)):
         raise ValueError(
             "the weights in the file are not those that were written: their checksum differs. No weight has been "
             "changed. The file is damaged. Use another copy."
         )
-    for path, value in values.items():
-        assign(weights[path], value)
-    for name, state in states.items():
-        seeds[name].assign(state.astype("uint32"))
+    for path, variable in weights.items():
+        assign(variable, _from_file(arrays[path], variable.dtype))
+    # The layer may have other streams than the one that wrote the file.
+    for path, variable in own_seeds.items():
+        if path in arrays:
+            variable.assign(arrays[path].astype("uint32"))
+
+
+def _entries(store: Any, in_order: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """Return the datasets of a file by path: the key of each in the store, and what has its shape and dtype."""
+    if _PATHS not in store:
+        by_number = {str(number): path for number, path in enumerate(in_order)}
+        keys = {by_number.get(key, str(key)): key for key in list(store.keys())}
+    else:
+        paths = stored_paths(store)
+        if twice := sorted({path for path in paths if paths.count(path) > 1})[:5]:
+            raise ValueError(
+                f"the file lists {', '.join(twice)} more than once. No weight has been changed. The file is damaged. "
+                "Use another copy."
+            )
+        keys = {path: path for path in paths if path in store}
+    return {path: (key, _unread(store, key)) for path, key in keys.items()}
+
+
+def _unread(store: Any, key: str) -> Any:
+    # The items of Keras's store are read already. Its group has datasets of h5py, which give shapes unread.
+    group = getattr(store, "_h5_entry_group", {})
+    dataset = group.get(key)
+    return store[key] if dataset is None or "dtype" in dataset.attrs else dataset
+
+
+def _problems(
+    entries: Mapping[str, tuple[str, Any]],
+    weights: Mapping[str, keras.Variable],
+    seeds: Mapping[str, keras.Variable],
+) -> list[str]:
+    """Return a line for each reason not to read the file."""
+    found = {path for path in entries if not path.startswith(_SEEDS + "/")}
+    problems = [f"  missing: {path}" for path in weights if path not in found]
+    problems += [f"  unexpected: {path}" for path in entries if path in found - weights.keys()]
+    for path, variable in weights.items():
+        if path not in found:
+            continue
+        _, entry = entries[path]
+        shape, dtype = tuple(entry.shape), entry.dtype
+        if shape != tuple(variable.shape):
+            problems.append(f"  shape: {path} is {tuple(variable.shape)}, in the file {shape}")
+        if not _as_bits(dtype, variable.dtype) and not can_hold(variable.dtype, dtype):
+            problems.append(f"  dtype: {path} is {variable.dtype}, in the file {dtype}")
+    for path in entries.keys() - found:
+        _, entry = entries[path]
+        name = path.removeprefix(_SEEDS + "/")
+        # Others are compared too, as the checksum reads them.
+        shape = tuple(seeds[name].shape) if name in seeds else (2,)
+        if tuple(entry.shape) != shape or entry.dtype.kind not in "iu":
+            problems.append(f"  seed: {path} is not a pair of integers")
+    return problems
 
 
 def stored_paths(store: Any) -> list[str]:
     """Return the paths in a file, as they were written. In a file of Keras's own layers, the numbers."""
     if _PATHS not in store:
         return sorted(map(str, store.keys()), key=lambda key: (len(key), key))
-    listed = np.asarray(store[_PATHS]).tobytes().decode(errors="replace").split("\n")
-    return [path for path in listed if path]
+    listed = _unread(store, _PATHS)
+    if listed.size > _MOST_PATHS:
+        raise ValueError(f"the list of paths in the file has {listed.size:,} bytes. It is damaged.")
+    names = np.asarray(listed).tobytes().decode(errors="replace").split("\n")
+    return [path for path in names if path]
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
@@ -131,8 +168,11 @@ def _to_file(variable: keras.Variable) -> np.ndarray:
 
 
 def _from_file(value: np.ndarray, dtype: str) -> np.ndarray:
-    as_bits = _is_bits(dtype) and value.dtype == _BITS[jnp.dtype(dtype).itemsize]
-    return value.view(jnp.dtype(dtype)) if as_bits else value
+    return value.view(jnp.dtype(dtype)) if _as_bits(value.dtype, dtype) else value
+
+
+def _as_bits(stored: Any, dtype: str) -> bool:
+    return _is_bits(dtype) and stored == _BITS[jnp.dtype(dtype).itemsize]
 
 
 def _is_bits(dtype: str) -> bool:
