@@ -239,8 +239,9 @@ class _Scalar(keras.Model):
     def call(self, inputs: Any, training: bool = False) -> Any:
         outputs = self.layer(*inputs, training=training)
         floats = [leaf for leaf in jax.tree.leaves(outputs) if _is_float(leaf)]
-        products = [keras.ops.multiply(leaf, _cotangent(leaf)) for leaf in floats]
-        self.add_loss(sum(map(keras.ops.sum, products)))
+        products: list[Any] = [keras.ops.multiply(leaf, _cotangent(leaf)) for leaf in floats]
+        sums: list[Any] = [keras.ops.sum(product) for product in products]
+        self.add_loss(sum(sums))
         return outputs
 
 

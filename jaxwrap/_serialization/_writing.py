@@ -219,7 +219,7 @@ def _object(obj: Any, where: _Where, depth: int) -> Any:
 
 def _keras_form(obj: Any) -> dict[str, Any]:
     """Write a function or an object as Keras does, with the name under which we find its class."""
-    config = keras.saving.serialize_keras_object(obj)
+    config: Any = keras.saving.serialize_keras_object(obj)
     name = None if inspect.isfunction(obj) else name_of(type(obj))
     return config if name is None else {**config, "registered_name": name}
 
