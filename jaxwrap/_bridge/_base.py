@@ -85,6 +85,9 @@ class Bridge(abc.ABC):
 
         optree.register_pytree_node(cls, flatten, unflatten, namespace="keras")  # type: ignore[arg-type]
 
+    def register(self, layer: Any) -> None:  # noqa: B027 (most backends have nothing to do)
+        """Register the variables that a layer has before it is built with the backend's own module, if it has one."""
+
     def lifted(self) -> contextlib.AbstractContextManager[Any]:
         """Enter a scope in which variables can be read and made while a training step is traced around it."""
         return contextlib.nullcontext()

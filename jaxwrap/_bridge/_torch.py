@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch._utils import _unflatten_dense_tensors
 from torch.utils import _pytree
 
@@ -68,6 +69,11 @@ class TorchBridge(Bridge):
             lambda children, metadata: unflatten(metadata, children),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
+
+    def register(self, layer: Any) -> None:
+        # Keras does so after `build` only, too late for `Adam(net.parameters())`.
+        if not in_stateless_scope():
+            layer._track_variables()
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
         # Torch refuses to change a leaf that requires gradients in place, unless nothing is recorded. One call for all,

@@ -81,10 +81,7 @@ class Engine:
         values = (params, state) if self.has_values else self.adapter.initial()
         if values is not None:
             self.create_weights(*values)
-            # Keras's layers on PyTorch register their variables when they are built. An optimizer that is made before
-            # the first call has to find those that exist.
-            if hasattr(layer, "_track_variables"):
-                layer._track_variables()
+            get_bridge().register(layer)
 
     def _attach_seeds(self) -> None:
         layer = self._layer
