@@ -1,5 +1,6 @@
 """wrap_function on the backend under test, against the unwrapped function and its vjp."""
 
+import functools
 import gc
 import weakref
 
@@ -54,13 +55,52 @@ def test_an_unknown_size_that_the_function_has_to_know(backend):
 @pytest.mark.only("tensorflow")
 def test_a_call_that_tensorflow_has_no_handler_for(backend):
     def fn(x):
-        return jnp.linalg.cholesky(x @ x.T + jnp.eye(3))
+        return jnp.linalg.eigvalsh(x @ x.T + jnp.eye(3))
 
     x = array(3, 3)
     wrapped = jaxwrap.wrap_function(fn)
     np.testing.assert_allclose(to_numpy(wrapped(*backend.tensors([x]))), fn(x), 1e-5, 1e-5)
-    with pytest.raises(NotImplementedError, match=r"lapack_spotrf_ffi.*run_eagerly=True"):
+    with pytest.raises(NotImplementedError, match=r"lapack_ssyevd_ffi.*run_eagerly=True"):
         backend.compile(wrapped, "graph")(*backend.tensors([x]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize(
+    "options",
+    [(True, False, False), (False, True, False), (True, True, True), (False, False, True)],
+)
+def test_cholesky_and_triangular_solve(mode, backend, options, dtype):
+    lower, transpose, conjugate = options
+
+    def fn(x, y):
+        matrix = x @ jnp.conj(x.mT) + 3 * jnp.eye(3, dtype=dtype)
+        factor = jax.scipy.linalg.cholesky(matrix, lower=lower)
+        solve = functools.partial(jax.lax.linalg.triangular_solve, lower=lower)
+        left = solve(factor, y, left_side=True, transpose_a=transpose, conjugate_a=conjugate)
+        right = solve(factor, y.mT, unit_diagonal=True, transpose_a=transpose)
+        return factor, left, right
+
+    args = [array(2, 3, 3).astype(dtype), array(2, 3, 1).astype(dtype)]
+    if dtype == "complex64":
+        args = [a * (1 + 0.3j * np.sin(np.arange(3))[:, None]).astype(dtype) for a in args]
+    compiled = backend.compile(jaxwrap.wrap_function(fn), mode, args)
+    for one, two in zip(call(compiled, backend, *args), fn(*map(jnp.asarray, args)), strict=True):
+        np.testing.assert_allclose(one, two, 1e-4, 1e-5)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("graph", [False, True])
+def test_gradients_of_cholesky(graph, backend):
+    def fn(x, y):
+        factor = jnp.linalg.cholesky(x @ x.mT + 3 * jnp.eye(3))
+        return [jax.scipy.linalg.cho_solve((factor, True), y)]
+
+    args = [array(2, 3, 3), array(2, 3, 1)]
+    mode = "graph" if graph else "eager"
+    actual = backend.vjp(jaxwrap.wrap_function(fn), args, (0, 1), [args[1]], mode)
+    _, pullback = jax.vjp(fn, *map(jnp.asarray, args))
+    for one, two in zip(actual, pullback([jnp.asarray(args[1])]), strict=True):
+        np.testing.assert_allclose(to_numpy(one), two, 1e-4, 1e-5)
 
 
 @pytest.mark.trains

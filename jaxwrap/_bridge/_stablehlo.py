@@ -10,6 +10,7 @@ from jax.interpreters.mlir import make_ir_context
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
+from jaxwrap._bridge._lowering import PORTABLE_RULES
 from jaxwrap._tracing import TracedValueError
 
 Shape = tuple[int | None, ...]
@@ -94,7 +95,9 @@ def export_for(
     """
     structs = [jax.ShapeDtypeStruct(argument.shape, argument.dtype) for argument in arguments]
     try:
-        exported = jax.export.export(jitted, platforms=platforms)(*structs)
+        exported = jax.export.export(
+            jitted, platforms=platforms, _override_lowering_rules=PORTABLE_RULES
+        )(*structs)
     except Exception as raised:
         # JAX has no class of its own for this error.
         if "host_callbacks" in str(raised):
