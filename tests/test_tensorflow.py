@@ -7,7 +7,7 @@ import pytest
 from backends import to_numpy
 from models import x
 
-from jaxwrap import JaxLayer
+from jaxwrap import JaxLayer, wrap_function
 
 pytestmark = pytest.mark.only("tensorflow")
 
@@ -115,3 +115,85 @@ def test_sizes_that_residuals_do_not_tell_are_no_obstacle():
     _, (gradient,) = step(inputs)
     expected = jax.grad(lambda params: (call(params, inputs) ** 2).sum())(jnp.float32(0.5))
     np.testing.assert_allclose(to_numpy(gradient), expected, rtol=1e-5)
+
+
+# `tf.vectorized_map`.
+
+
+def scaled(w, row):
+    return jnp.sort(jnp.tanh(row) @ w, descending=True) * jnp.arange(1.0, 3.0)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("size", [5, None])
+def test_a_vectorized_map_and_its_gradients(graph, size):
+    import tensorflow as tf
+
+    w, rows = x(3, 2), x(5, 3, seed=1)
+    fn = wrap_function(scaled)
+
+    def run(w, rows):
+        with tf.GradientTape() as tape:
+            tape.watch([w, rows])
+            outputs = tf.vectorized_map(lambda row: fn(w, row), rows, fallback_to_while_loop=False)
+            loss = tf.reduce_sum(outputs**3)
+        return outputs, tape.gradient(loss, [w, rows])
+
+    if graph:
+        run = tf.function(run, input_signature=[tf.TensorSpec((3, 2)), tf.TensorSpec((size, 3))])
+    outputs, gradients = run(tf.constant(w), tf.constant(rows))
+
+    mapped = jax.vmap(scaled, (None, 0))
+    np.testing.assert_allclose(outputs, mapped(w, rows), 1e-5, 1e-5)
+    expected = jax.grad(lambda w, rows: (mapped(w, rows) ** 3).sum(), (0, 1))(w, rows)
+    for one, two in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(tf.convert_to_tensor(one), two, 1e-4, 1e-5)
+
+
+def test_gradients_inside_of_a_vectorized_map():
+    import tensorflow as tf
+
+    w, rows = x(3, 2), x(5, 3, seed=1)
+    fn = wrap_function(scaled)
+
+    def one(row):
+        with tf.GradientTape() as tape:
+            tape.watch(row)
+            loss = tf.reduce_sum(fn(tf.constant(w), row) ** 3)
+        return tape.gradient(loss, row)
+
+    @tf.function
+    def run(rows):
+        with tf.GradientTape() as tape:
+            tape.watch(rows)
+            gradients = tf.vectorized_map(one, rows, fallback_to_while_loop=False)
+            total = tf.reduce_sum(gradients**2)
+        return gradients, tape.gradient(total, rows)
+
+    inner = jax.vmap(jax.grad(lambda row: (scaled(w, row) ** 3).sum()))
+    gradients, second = run(tf.constant(rows))
+    np.testing.assert_allclose(gradients, inner(rows), 1e-4, 1e-5)
+    expected = jax.grad(lambda rows: (inner(rows) ** 2).sum())(rows)
+    np.testing.assert_allclose(second, expected, 1e-3, 1e-4)
+
+
+def test_a_layer_in_a_vectorized_map_trains():
+    import keras
+
+    layer = JaxLayer(lambda params, inputs: inputs @ params, params=x(3, 2))
+
+    class EachOne(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = layer
+
+        def call(self, inputs):
+            return keras.ops.vectorized_map(lambda one: self.inner(one[None])[0], inputs)
+
+    layer.build((None, 3))
+    model = keras.Sequential([keras.Input((3,)), EachOne()])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    inputs, targets, before = x(8, 3), x(8, 2, seed=1), x(3, 2)
+    model.fit(inputs, targets, batch_size=8, verbose=0)
+    gradient = jax.grad(lambda w: ((inputs @ w - targets) ** 2).mean())(before)
+    np.testing.assert_allclose(to_numpy(layer.params.value), before - 0.1 * gradient, 1e-4, 1e-5)

@@ -34,10 +34,12 @@ class Artifact(NamedTuple):
     Attributes:
         module: The portable bytecode.
         exported: The result of `jax.export`: kept arguments, platforms, output avals and output tree.
+        jitted: The function itself.
     """
 
     module: bytes
     exported: jax.export.Exported
+    jitted: Any
 
 
 def export(
@@ -103,7 +105,7 @@ def export_for(
         if "host_callbacks" in str(raised):
             raise NotImplementedError(_CALLBACKS) from raised
         raise
-    return Artifact(_serialize(exported.mlir_module(), version), exported)
+    return Artifact(_serialize(exported.mlir_module(), version), exported, jitted)
 
 
 def _symbolic(specs: Sequence[tuple[Shape, str]]) -> Iterator[list[jax.ShapeDtypeStruct]]:

@@ -26,6 +26,7 @@ from jaxwrap._bridge._tf_graph import (
     export_halves,
     spec_of,
 )
+from jaxwrap._bridge._tf_pfor import register_converter
 from jaxwrap._bridge._vjp import vjp, vjp_roles
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
@@ -211,6 +212,11 @@ class _Function:
                 pullback, vjp_roles(self._roles, cotangents), self._platforms
             )
         return self._vjps[key]
+
+
+@register_converter
+def _wrap_vectorized(fn: FlatFunction, arity: int, platforms: tuple[str, ...]) -> _Function:
+    return _Function(fn, (Role.INPUT,) * arity, platforms)
 
 
 def _as_tensor(value: Any) -> Tensor:

@@ -11,6 +11,7 @@ from tensorflow.compiler.tf2xla.python import xla as tfxla
 
 from jaxwrap._bridge._residuals import Linearized
 from jaxwrap._bridge._stablehlo import Artifact, Shape, export, export_for
+from jaxwrap._bridge._tf_pfor import note_call
 from jaxwrap._dtypes import inexact
 from jaxwrap._typing import FlatFunction, Tensor
 
@@ -59,7 +60,7 @@ def export_halves(
     # No argument is state here: nobody overwrites the tensors of a graph.
     linearized = jax.jit(Linearized(fn, wrt, ()))
     forward = export(linearized, specs, platforms, STABLEHLO_VERSION)
-    _, exported = forward
+    exported = forward.exported
     result, residuals, static = jax.tree_util.tree_unflatten(exported.out_tree, exported.out_avals)
     pullback = static.value
     arguments = [
@@ -76,12 +77,12 @@ def export_halves(
 
 def call_module(artifact: Artifact, tensors: Sequence[Tensor]) -> Any:
     """Put a call of an exported function into the graph. Return the pytree that it returns."""
-    module, exported = artifact
+    exported = artifact.exported
     flat: Any = tfxla.call_module(
         # JAX drops arguments that the function does not use.
         [tensors[index] for index in exported.module_kept_var_idx],
         version=exported.calling_convention_version,
-        module=module,
+        module=artifact.module,
         Tout=[tf.as_dtype(aval.dtype) for aval in exported.out_avals],
         Sout=[
             tf.TensorShape([size if isinstance(size, int) else None for size in aval.shape])
@@ -90,6 +91,8 @@ def call_module(artifact: Artifact, tensors: Sequence[Tensor]) -> Any:
         platforms=[platform.upper() for platform in exported.platforms],
         use_shardy_partitioner=True,
     )
+    if exported.out_avals:
+        note_call(flat[0].op, artifact)
     return jax.tree_util.tree_unflatten(exported.out_tree, flat)
 
 
