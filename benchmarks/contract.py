@@ -17,12 +17,17 @@ from pathlib import Path
 
 BACKENDS = ("jax", "tensorflow", "torch", "numpy")
 PAGE = Path(__file__).parent.parent / "docs" / "comparison.md"
-HEAD = """# Beside Keras's own layers
+HEAD = """# Compared with Keras's own layers
 
-What `keras.layers.JaxLayer` / `FlaxLayer` and jaxwrap's layers make of the same models, against unwrapped JAX: it
-works, the result is wrong, or an exception is raised. Where Keras's own layers lack an argument or a method, they
-raise. The table is what `python benchmarks/contract.py` printed with {versions}. Keras's layers exist on JAX and
-TensorFlow only. A dash says that the case means nothing there: NumPy does not train.
+`python benchmarks/contract.py` runs the same models in `keras.layers.JaxLayer` and `FlaxLayer`, in the layers of
+jaxwrap, and in unwrapped JAX. It compares outputs, state and gradients, and prints this table:
+
+- works: the result is that of JAX.
+- wrong: the result is another one.
+- raises: an exception, also for an argument or a method that the layer does not have.
+- a dash: the case has no meaning there. NumPy does not train.
+
+These are the results with {versions}. Keras's layers exist on JAX and TensorFlow only.
 
 """
 
@@ -253,7 +258,7 @@ if __name__ == "__main__" and (BACKEND := parse_args().backend):
         _, extra = layer(ones(2, 3))
         return "size" in extra["intermediates"]
 
-    @case("state kept as it is in inference, when asked for")
+    @case("`update_state_in_inference=False` keeps state as it is")
     def _(lib):
         def call(state, inputs):
             return inputs, state + 1
@@ -282,7 +287,7 @@ if __name__ == "__main__" and (BACKEND := parse_args().backend):
 
     # RNG.
 
-    @case("two calls in training draw different numbers, also in a graph", trains=True)
+    @case("two calls in training draw different numbers, in a graph too", trains=True)
     def _(lib):
         layer = lib.JaxLayer(
             lambda inputs, rng, training: (
@@ -305,7 +310,7 @@ if __name__ == "__main__" and (BACKEND := parse_args().backend):
         )
         return (host(layer(ones(9), training=True)) != host(layer(ones(9), training=True))).any()
 
-    @case("a stream in inference, as a variational autoencoder needs it")
+    @case("a stream in inference, for a variational autoencoder")
     def _(lib):
         layer = lib.FlaxLayer(Sampler())
         return (host(layer(ones(9))) != host(layer(ones(9)))).any()
