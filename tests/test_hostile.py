@@ -218,6 +218,10 @@ NODES = [
     | {"is_numpy": False},
     {"kind": "weight", "shape": [2], "dtype": "float32", "impl": "os.system", "place": 0}
     | {"is_numpy": False},
+    {"kind": "method", "field": "module", "name": "tabulate", "bound": True},
+    {"kind": "method", "field": "os", "name": "system", "bound": False},
+    {"kind": "partial", "fn": {"kind": "method", "field": "act", "name": "x", "bound": True}}
+    | {"args": [], "kwargs": {}},
     {"kind": "problem"},
     {"kind": "keras"},
     {"kind": "__class__"},

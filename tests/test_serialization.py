@@ -554,6 +554,16 @@ def test_hostile_methods(method):
         deserialize(config, "value")
 
 
+def test_a_config_holds_methods_only_in_fields_of_dataclasses():
+    method = {"kind": "method", "field": "x", "name": "features", "bound": True}
+    net = through_json(serialize(Net(Size(), Block(3)), "net"))
+    point = through_json(serialize(Point(1, 2), "point"))
+    point["fields"] = {"x": net, "y": method}
+    for config in (method, [method], {"kind": "tuple", "items": [method]}, point):
+        with pytest.raises(ValueError, match="cannot be made from this config"):
+            deserialize(config, "value")
+
+
 def test_fields_with_callables_that_are_not_registered():
     holder = Holder(Block(3), method=unregistered)
     with pytest.raises(TypeError, match=r"^cannot be saved: `method` is a function that has not"):

@@ -61,12 +61,15 @@ def from_fields(cls: type, fields: Mapping[str, Any]) -> Any:
     Raises:
         TypeError: If the class has no such fields, or a `Method` is not one that a file may name.
     """
-    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return cls(**fields)
-    if not dataclasses.is_dataclass(cls):
+    is_tuple = issubclass(cls, tuple) and hasattr(cls, "_fields")
+    if not is_tuple and not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__name__} is neither a dataclass nor a namedtuple")
-    if not _is_equinox(cls):
+    if not is_tuple and not _is_equinox(cls):
         return cls(**{name: _resolve(value, fields) for name, value in fields.items()})
+    if any(isinstance(value, Method) for value in fields.values()):
+        raise TypeError(f"{cls.__name__} cannot hold methods of its fields")
+    if is_tuple:
+        return cls(**fields)
     # The constructor of an Equinox module need not take its fields.
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := set(fields) - known:

@@ -38,7 +38,7 @@ def deserialize_fields(cls: type, config: Mapping[str, Any]) -> Any:
         TypeError: If the class has no such fields.
         ValueError: See `deserialize`.
     """
-    return from_fields(cls, {name: deserialize(value, name) for name, value in config.items()})
+    return from_fields(cls, {name: Deserializer(name).field(config[name], 0) for name in config})
 
 
 class Deserializer:
@@ -71,6 +71,15 @@ class Deserializer:
                 f"a node of the kind {kind!r} is malformed: {type(error).__name__}: {error}"
             ) from error
 
+    def field(self, config: Any, depth: int) -> Any:
+        """Read the field of an object. Only there, a config may hold a `Method`."""
+        if not isinstance(config, dict) or config.get("kind") != "method":
+            return self.deserialize(config, depth)
+        parts: list[Any] = [config.get(name) for name in Method._fields]
+        if [type(part) for part in parts] != [str, str, bool]:
+            raise self._problem(f"expected a method; received {config!r}")
+        return Method(*parts)
+
     def deserialize_all(self, configs: dict[str, Any], depth: int) -> dict[str, Any]:
         """Read the values of a dict."""
         return {name: self.deserialize(value, depth) for name, value in configs.items()}
@@ -88,12 +97,6 @@ class Deserializer:
             raise TypeError(f"place {weight.place} holds {known} already")
         self._weights[weight.place] = known, array
         return array
-
-    def _method(self, config: dict[str, Any], depth: int) -> Any:
-        field, name, bound = config["field"], config["name"], config["bound"]
-        if (type(field), type(name), type(bound)) != (str, str, bool):
-            raise TypeError(f"expected two names and a bool; received {config!r}")
-        return Method(field, name, bound)
 
     def _name(self, config: dict[str, Any], depth: int) -> Any:
         return self._find(config["name"])
@@ -133,7 +136,8 @@ class Deserializer:
 
     def _object(self, config: dict[str, Any], depth: int) -> Any:
         cls = self._class(config, object)
-        return from_fields(cls, self.deserialize_all(config["fields"], depth))
+        fields = {name: self.field(value, depth) for name, value in config["fields"].items()}
+        return from_fields(cls, fields)
 
     def _class(self, config: dict[str, Any], base: type) -> Any:
         cls = self._find(config["class"])
@@ -183,7 +187,6 @@ _KINDS = {
     for read in (
         Deserializer._tuple,
         Deserializer._weight,
-        Deserializer._method,
         Deserializer._name,
         Deserializer._dict,
         Deserializer._enum,
