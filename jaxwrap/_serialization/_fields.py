@@ -71,7 +71,7 @@ def from_fields(cls: type, fields: Mapping[str, Any]) -> Any:
     if is_tuple:
         return cls(**fields)
     # The constructor of an Equinox module need not take its fields.
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     if unknown := set(fields) - known:
         raise TypeError(f"{cls.__name__} has no fields {sorted(unknown)}")
     module = object.__new__(cls)
