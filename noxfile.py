@@ -54,7 +54,8 @@ def install(session, python, backends):
 
 
 def run_pytest(session, folder, backend, backends, *arguments):
-    cache = str(session.cache_dir / "jax")
+    # Absolute, since tests change the working directory.
+    cache = str((session.cache_dir / "jax").absolute())
     env = {
         **ON_CPU,
         "KERAS_BACKEND": backend,
