@@ -272,3 +272,20 @@ def test_threads_keep_their_own_labels():
 def test_bad_functions(fn, message):
     with pytest.raises(TypeError, match=rf"JaxLoss 'mine'.*{message}.*fn\(y_true, y_pred\)"):
         jaxwrap.JaxLoss(fn, name="mine")
+
+
+# Printing.
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [
+        (losses.squared_error, "optax.losses.squared_error"),
+        (functools.partial(losses.huber_loss, delta=2.0), "optax.losses.huber_loss"),
+        (squares, f"{__name__}.squares"),
+        (lambda y_true, y_pred: y_true - y_pred, "<lambda>"),
+    ],
+)
+def test_repr_names_the_function(fn, name):
+    assert repr(jaxwrap.JaxLoss(fn, name="mine")) == f"<JaxLoss 'mine': {name}>"

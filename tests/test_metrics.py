@@ -183,3 +183,10 @@ def test_a_state_whose_structure_changes():
     )
     with pytest.raises(ValueError, match=r"structure of the state\.\n  missing: matrix"):
         metric.update_state(*BATCHES[0])
+
+
+def test_repr_names_the_function():
+    metric = jaxwrap.JaxMetric(optax.losses.squared_error, name="mine")
+    assert repr(metric) == "<JaxMetric 'mine': optax.losses.squared_error>"
+    metric = jaxwrap.JaxMetric(init=init, update=update, compute=compute, name="mine")
+    assert repr(metric) == f"<JaxMetric 'mine': {__name__}.update>"

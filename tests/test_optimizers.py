@@ -784,3 +784,101 @@ def test_arguments_that_nobody_knows(transformation):
         TypeError, match=r"OptaxOptimizer 'o': received beta, which neither.*clipnorm"
     ):
         jaxwrap.OptaxOptimizer(transformation, name="o", beta=0.5)
+
+
+# Printing.
+
+
+@register
+def slow_sgd(learning_rate):
+    return optax.sgd(learning_rate / 10)
+
+
+def halved(step, scale=0.5):
+    return scale / (step + 1)
+
+
+READY = "optax.GradientTransformationExtraArgs"
+
+
+# What is printed, and what after one step if that differs.
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("arguments", "before", "after"),
+    [
+        ((optax.adamw, 1e-3), "optax.adamw, learning_rate=0.001", None),
+        ((functools.partial(optax.adamw, b1=0.8), 1), "optax.adamw, learning_rate=1", None),
+        ((optax.contrib.muon, 0.5), "optax.contrib.muon, learning_rate=0.5", None),
+        ((slow_sgd, 0.5), f"{__name__}.slow_sgd, learning_rate=0.5", None),
+        ((lambda: optax.sgd(0.1),), "<lambda>, learning_rate=unknown", None),
+        ((optax.adamw(1e-3),), f"{READY}, learning_rate=unknown", None),
+        (
+            (optax.inject_hyperparams(optax.sgd)(learning_rate=0.5),),
+            f"{READY}, learning_rate=unknown",
+            f"{READY}, learning_rate=0.5",
+        ),
+        (
+            (optax.sgd, optax.cosine_decay_schedule(0.1, 10)),
+            "optax.sgd, learning_rate=optax.schedules.cosine_decay_schedule",
+            None,
+        ),
+        (
+            (optax.sgd, functools.partial(halved, scale=0.1)),
+            f"optax.sgd, learning_rate={__name__}.halved",
+            None,
+        ),
+        (
+            (optax.sgd, keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)),
+            "optax.sgd, learning_rate=ExponentialDecay",
+            None,
+        ),
+    ],
+)
+def test_repr_names_transformation_rate_and_step(arguments, before, after):
+    optimizer = jaxwrap.OptaxOptimizer(*arguments, name="mine")
+    assert repr(optimizer) == f"<OptaxOptimizer 'mine': {before}, step 0>"
+    variable = keras.Variable(np.ones((2, 2), "float32"), name="w")
+    optimizer.build([variable])
+    assert repr(optimizer) == f"<OptaxOptimizer 'mine': {after or before}, step 0>"
+    optimizer.apply([keras.ops.ones((2, 2))], [variable])
+    assert repr(optimizer) == f"<OptaxOptimizer 'mine': {after or before}, step 1>"
+
+
+@pytest.mark.quick
+def test_repr_follows_the_learning_rate_and_the_step():
+    optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=0.5, name="mine")
+    optimizer.learning_rate = 0.0625
+    optimizer.iterations.assign(123456)
+    assert (
+        repr(optimizer) == "<OptaxOptimizer 'mine': optax.sgd, learning_rate=0.0625, step 123456>"
+    )
+
+
+@pytest.mark.quick
+def test_repr_in_a_compiled_step(mode, backend):
+    """JAX knows no numbers there. TensorFlow reads those of the variables."""
+    optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=0.5, name="mine")
+    printed = []
+
+    def step(x):
+        pairs = []
+        if backend.name == "jax":  # as in `fit`
+            pairs = [(v, keras.ops.cast(x[0], v.dtype)) for v in optimizer.variables]
+        with keras.StatelessScope(pairs):
+            printed.append(repr(optimizer))
+        return x
+
+    x = np.ones(2, "float32")
+    backend.compile(step, mode, [x])(keras.ops.convert_to_tensor(x))
+    rate, number = ("1", "1") if backend.name == "jax" else ("0.5", "0")
+    if (backend.name, mode) == ("jax", "jit"):
+        rate = number = "unknown"
+    assert f"<OptaxOptimizer 'mine': optax.sgd, learning_rate={rate}, step {number}>" in printed
+
+
+@pytest.mark.only("jax")
+def test_repr_when_buffers_were_donated():
+    optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=0.5, name="mine")
+    for variable in optimizer.variables:
+        variable.value.delete()
+    assert "optax.sgd, learning_rate=unknown, step unknown" in repr(optimizer)

@@ -12,6 +12,7 @@ import keras
 from jaxwrap._errors import describe, door, naming
 from jaxwrap._serialization import deserialize, serialize_callable
 from jaxwrap._training._predictions import PairFunction
+from jaxwrap._training._printing import name_of
 from jaxwrap._typing import PyTree, Tensor
 
 # The loss that is being called, and its labels. Each thread has its own.
@@ -110,7 +111,7 @@ class JaxLoss(keras.losses.Loss):
         return cls(fn, **config)
 
     def __repr__(self) -> str:
-        return f"<{describe(self)}: {getattr(self.fn, '__qualname__', self.fn)}>"
+        return f"<{describe(self)}: {name_of(self.fn)}>"
 
 
 def _uncast(cast: Tensor, original: Any) -> Tensor:

@@ -12,6 +12,7 @@ from jaxwrap._errors import describe, door, naming
 from jaxwrap._function import PytreeFunction
 from jaxwrap._serialization import deserialize, serialize_callable
 from jaxwrap._training._predictions import PairFunction, predictions_first
+from jaxwrap._training._printing import name_of
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._state import State
 from jaxwrap._weights._variables import assign
@@ -126,7 +127,7 @@ class JaxMetric(keras.metrics.Metric):
 
     def __repr__(self) -> str:
         fn = next(fn for fn in (self._functions[0], self._functions[2]) if fn is not None)
-        return f"<{describe(self)}: {getattr(fn, '__qualname__', fn)}>"
+        return f"<{describe(self)}: {name_of(fn)}>"
 
 
 class _Stateful:

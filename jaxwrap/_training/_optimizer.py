@@ -12,6 +12,7 @@ from jaxwrap._bridge import get_bridge
 from jaxwrap._errors import describe, door, naming
 from jaxwrap._training import _building, _saving
 from jaxwrap._training._internals import Internals
+from jaxwrap._training._printing import name_of, number_in
 from jaxwrap._training._rate import RatedOptimizer, value_of
 from jaxwrap._training._transformation import Recipe, with_arguments
 from jaxwrap._training._update import extra_arguments, tap
@@ -79,8 +80,8 @@ class OptaxOptimizer(RatedOptimizer):
         return self._own.step and self._own.step.state.tree
 
     def __repr__(self) -> str:
-        rate, step = self._rate_for_repr(), keras.ops.convert_to_numpy(self._iterations)
-        return f"<{describe(self)}: {self._own.recipe}, learning_rate={rate}, step {step}>"
+        rate, step = self._rate_for_repr(), number_in(self._iterations, "d")
+        return f"<{describe(self)}: {name_of(self._own.recipe.source)}, learning_rate={rate}, step {step}>"
 
     # Building.
 

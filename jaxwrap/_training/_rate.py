@@ -10,6 +10,7 @@ from jaxwrap._errors import door
 from jaxwrap._function import wrap_function
 from jaxwrap._serialization import deserialize, serialize
 from jaxwrap._training._internals import Internals
+from jaxwrap._training._printing import name_of, number_in
 from jaxwrap._training._transformation import EXAMPLE, injected
 
 __all__ = ["EXAMPLE", "RatedOptimizer", "value_of"]
@@ -127,5 +128,5 @@ class RatedOptimizer(keras.optimizers.Optimizer):
         if rate is None:
             return "unknown"
         if isinstance(rate, keras.Variable):
-            return f"{float(keras.ops.convert_to_numpy(rate.value)):.4g}"  # pyright: ignore[reportArgumentType]
-        return getattr(rate, "__qualname__", type(rate).__name__).partition(".<locals>")[0]
+            return number_in(rate, ".4g")
+        return type(rate).__name__ if isinstance(rate, _KerasSchedule) else name_of(rate)

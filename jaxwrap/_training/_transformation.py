@@ -63,13 +63,6 @@ class Recipe:
                 f"{transformation!r} cannot be called {what}: {error}. {advice}."
             ) from None
 
-    def __str__(self) -> str:
-        """Return the name of the factory, with its library. For a ready transformation, that of its class."""
-        source = getattr(self.source, "func", self.source)
-        library = getattr(source, "__module__", None) or type(source).__module__
-        name = getattr(source, "__qualname__", type(source).__qualname__)
-        return f"{library.partition('.')[0].lstrip('_')}.{name}"
-
     def make(self, learning_rate: Any) -> Any:
         """Make the transformation, for a learning rate that may be traced."""
         import optax
