@@ -66,7 +66,7 @@ def naming(owner: str) -> Iterator[None]:
 
 def raise_named(error: Exception, owner: str) -> NoReturn:
     """Raise an error again, with `owner` in front if our code raised it and no inner door has named it."""
-    if not _is_ours(error) or hasattr(error, _NAMED):
+    if not is_ours(error) or hasattr(error, _NAMED):
         raise error
     # Our own errors take a message alone. JAX's errors of tracers do not, and have passed above.
     named = type(error)(f"{owner}: {error}")
@@ -74,7 +74,7 @@ def raise_named(error: Exception, owner: str) -> NoReturn:
     raise named.with_traceback(error.__traceback__) from error.__cause__
 
 
-def _is_ours(error: Exception) -> bool:
+def is_ours(error: Exception) -> bool:
     """Whether the statement that raised the error is in this package."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

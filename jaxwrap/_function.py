@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxwrap._bridge import Bridge, BridgedFunction, get_bridge
+from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import warn_if_narrowed
-from jaxwrap._pytree import Structure, is_array, partition, path_str
+from jaxwrap._errors import raise_named
+from jaxwrap._pytree import ARRAY, KeyPath, Structure, is_array, key_name, partition, path_str
 from jaxwrap._tracing import explained
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static
 
@@ -53,7 +56,8 @@ def wrap_function(fn: Callable[..., Any]) -> Callable[..., Any]:
         args, kwargs = arguments
         return fn(*args, **kwargs), ()
 
-    call_tensors = PytreeFunction(call, name=getattr(fn, "__name__", repr(fn)))
+    name = getattr(fn, "__name__", repr(fn))
+    call_tensors = PytreeFunction(call, name, argument=_names_of_arguments(fn))
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -71,6 +75,7 @@ class PytreeFunction:
         name: The name of the function in errors. By default none: the errors of an object name the object.
         platforms: See `Bridge.wrap`.
         bridge: The bridge to use. By default that of the current backend.
+        argument: Prints the path of a leaf of `differentiable` in errors.
     """
 
     def __init__(
@@ -79,8 +84,11 @@ class PytreeFunction:
         name: str | None = None,
         platforms: tuple[str, ...] | None = None,
         bridge: Bridge | None = None,
+        argument: Callable[[KeyPath], str] = path_str,
     ):
         self._fn = fn
+        self._argument = argument
+        self._name = name
         self._prefix = f"{name}: " if name else ""
         self._platforms = platforms
         self._bridge = bridge or get_bridge()
@@ -98,15 +106,24 @@ class PytreeFunction:
         structures = tuple(structure for _, structure in parts)
         bridged = self._bridged.get(structures)
         if bridged is None:
-            _check_static(structures[0], self._prefix)
+            self._check_static(structures[0])
             roles = tuple(
                 role for (tensors, _), role in zip(parts, _ROLES, strict=True) for _ in tensors
             )
-            flat = _flatten(self._fn, structures)
+            paths = [
+                *_paths(structures[0], self._argument),
+                *(path for structure in structures[1:] for path in structure.array_paths()),
+            ]
+            flat = _flatten(self._fn, structures, paths)
             bridged = self._bridged[structures] = self._bridge.wrap(flat, roles, self._platforms)
         # At each call: the structure is the same for all shapes and dtypes.
         self._check_tensors(*parts[0])
-        outputs, aux, static = bridged(*(tensor for tensors, _ in parts for tensor in tensors))
+        try:
+            outputs, aux, static = bridged(*(tensor for tensors, _ in parts for tensor in tensors))
+        except Exception as error:
+            if self._name:
+                raise_named(error, self._name)
+            raise
         output_structure, aux_structure = static.value
         return output_structure.unflatten(outputs), aux_structure.unflatten(aux)
 
@@ -116,27 +133,57 @@ class PytreeFunction:
             try:
                 dtypes.append(self._bridge.spec(tensor)[1])
             except (TypeError, ValueError) as error:
-                path = structure.array_paths()[index]
+                path = _paths(structure, self._argument)[index]
                 raise type(error)(f"{self._prefix}argument {path}: {error}") from None
         warn_if_narrowed(dtypes)
 
+    def _check_static(self, structure: Structure) -> None:
+        for path, leaf in zip(structure.key_paths(), structure.leaves, strict=True):
+            what = f"{self._prefix}argument {self._argument(path)}"
+            try:
+                check_dense(leaf)
+            except TypeError as error:
+                raise TypeError(f"{what}: {error}") from None
+            try:
+                hash(leaf)
+            except TypeError:
+                raise TypeError(
+                    f"{what} is a {type(leaf).__name__}, which is neither a tensor nor hashable. Pass an array, or a "
+                    "value that can be hashed."
+                ) from None
 
-def _check_static(structure: Structure, prefix: str) -> None:
-    for path, leaf in zip(structure.key_paths(), structure.leaves, strict=True):
-        try:
-            hash(leaf)
-        except TypeError:
-            raise TypeError(
-                f"{prefix}argument {path_str(path)} is a {type(leaf).__name__}, which is neither a tensor nor "
-                "hashable. Pass an array, or a value that can be hashed."
-            ) from None
+
+def _paths(structure: Structure, argument: Callable[[KeyPath], str]) -> list[str]:
+    """Return the printed path of every array, in leaf order."""
+    leaves = zip(structure.key_paths(), structure.leaves, strict=True)
+    return [argument(path) for path, leaf in leaves if leaf is ARRAY]
+
+
+def _names_of_arguments(fn: Callable[..., Any]) -> Callable[[KeyPath], str]:
+    """Return what prints a path in `(args, kwargs)` with the name of the parameter: `x/w` for `0/0/w`."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # a function of C
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+
+    def printed(path: KeyPath) -> str:
+        part, place, *below = path
+        name = key_name(place)
+        if part.idx == 0:
+            index = int(name)
+            name = names[index] if index < len(names) else f"{rest}[{index - len(names)}]"
+        return "/".join([name, *map(key_name, below)])
+
+    return printed
 
 
 def _flatten(
     fn: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
     structures: tuple[Structure, ...],
+    paths: Sequence[str],
 ) -> FlatFunction:
-    paths = [path for structure in structures for path in structure.array_paths()]
     names = {f"arrays[{place}]": path for place, path in enumerate(paths)}
 
     def flat(*arrays: Array) -> FlatResult:

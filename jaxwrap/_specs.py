@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._pytree import Structure, partition, path_str
 from jaxwrap._typing import Array, PyTree
@@ -52,6 +53,10 @@ def read_spec(
         TypeError: For a leaf that is not a tensor, or of a dtype that JAX does not have.
         ValueError: For a tensor of unknown rank.
     """
+    try:
+        check_dense(leaf)
+    except TypeError as error:
+        raise TypeError(f"{what} {path_str(path)}: {error}") from None
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         if static:
             return leaf

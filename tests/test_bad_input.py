@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax.numpy as jnp
 import keras
 import models
@@ -154,3 +155,24 @@ def test_torch_notices_a_parameter_that_was_changed_in_place():
         layer.trainable_variables[0].value.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_misspelled_argument_is_answered_with_the_near_name(built):
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, image, *, temperature=1.0):
+            return nn.Dense(2)(image) * temperature
+
+    layer = FlaxLayer(Scaled(), name="scaled")
+    x = np.ones((1, 3), "float32")
+    if built:
+        layer(x)
+    takes = r"the layer of `\S*Scaled` takes \(image, \*, temperature=1.0, training=False\)"
+    for args, kwargs, problem in (
+        ((x,), {"temprature": 2.0}, r"'temprature' \(did you mean 'temperature'\?\)"),
+        ((), {"temperature": 2.0}, "missing a required argument: 'image'"),
+        ((x, x, x), {}, "too many positional arguments"),
+    ):
+        with pytest.raises(TypeError, match=f"FlaxLayer 'scaled': .*{problem}; {takes}"):
+            layer(*args, **kwargs)

@@ -199,7 +199,9 @@ def test_a_tensor_for_the_train_flag_is_an_error_that_says_so():
         match=r"FlaxLayer 'dense': `training` must be a bool; received .* of shape \(3, 4\).*inputs",
     ):
         layer(tensor(3, 4), tensor(3, 4))
-    with pytest.raises(TypeError, match=r"FlaxLayer 'dense': .*the layer takes .*inputs"):
+    with pytest.raises(
+        TypeError, match=r"FlaxLayer 'dense': .*the layer of `Dense` takes .inputs, training"
+    ):
         layer(tensor(3, 4), other=tensor(3, 4))
     assert not layer.built
 

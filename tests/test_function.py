@@ -226,8 +226,23 @@ def test_static_leaves_reach_the_function_as_they_are(backend):
 
 def test_static_leaf_that_cannot_be_hashed():
     wrapped = jaxwrap.wrap_function(lambda x: x)
-    with pytest.raises(TypeError, match=r"argument 0/0/1 is a set.*hash"):
+    with pytest.raises(TypeError, match=r"argument x/1 is a set.*hash"):
         wrapped((np.ones(2), {1, 2}))
+
+
+def test_errors_name_the_parameter_of_the_function():
+    def fn(first, /, second, *rest, third=None):
+        return second
+
+    wrapped, x, bad = jaxwrap.wrap_function(fn), np.ones(2, "float32"), np.array(["a"])
+    for args, kwargs, name in (
+        ((bad, x), {}, "first"),
+        ((x, {"w": bad}), {}, "second/w"),
+        ((x, x, x, [bad]), {}, r"rest\[1\]/0"),
+        ((x, x), {"third": bad}, "third"),
+    ):
+        with pytest.raises(TypeError, match=f"^fn: argument {name}"):
+            wrapped(*args, **kwargs)
 
 
 def test_outputs_are_ordinary_tensors(backend):
@@ -352,3 +367,74 @@ def test_a_bridge_that_lacks_a_part_cannot_be_made():
 
     with pytest.raises(TypeError, match=r"abstract.*copies.*wrap"):
         Half()
+
+
+# Ragged and sparse tensors.
+
+
+def irregular(kind):
+    """A ragged or sparse tensor, and what the error names as its remedy."""
+    if kind == "scipy":
+        sparse = pytest.importorskip("scipy.sparse")
+        return sparse.csr_matrix(
+            np.eye(3, dtype="float32")
+        ), r"sparse csr_matrix.*`array.toarray\(\)`"
+    if kind in ("ragged", "tf-sparse"):
+        import tensorflow as tf
+
+        if kind == "ragged":
+            return tf.ragged.constant(
+                [[1.0, 2.0], [3.0]]
+            ), r"ragged RaggedTensor.*to_tensor\(\).*mask"
+        return tf.sparse.from_dense(
+            np.eye(3, dtype="float32")
+        ), r"sparse SparseTensor.*tf.sparse.to_dense"
+    import torch
+
+    if kind == "nested":
+        rows = [torch.ones(2), torch.ones(3)]
+        return torch.nested.nested_tensor(rows), r"ragged Tensor.*to_padded_tensor.*mask"
+    return torch.eye(3).to_sparse(), r"sparse Tensor.*`tensor.to_dense\(\)`"
+
+
+KINDS = [
+    "scipy",
+    *(pytest.param(kind, marks=pytest.mark.only("tensorflow")) for kind in ("ragged", "tf-sparse")),
+    *(pytest.param(kind, marks=pytest.mark.only("torch")) for kind in ("nested", "torch-sparse")),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_function_refuses_ragged_and_sparse_tensors(kind):
+    tensor, remedy = irregular(kind)
+
+    def double(x):
+        return x * 2
+
+    with pytest.raises(TypeError, match="double: argument x: received a " + remedy):
+        jaxwrap.wrap_function(double)(tensor)
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_refuses_ragged_and_sparse_tensors(kind, built):
+    tensor, remedy = irregular(kind)
+    layer = jaxwrap.JaxLayer(lambda params, inputs: inputs * params, params=np.ones(3, "float32"))
+    if built:
+        layer(np.ones((3, 3), "float32"))
+    with pytest.raises(TypeError, match="(?s)JaxLayer 'jax_layer.*received a " + remedy):
+        layer(tensor)
+
+
+@pytest.mark.only("tensorflow")
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_permutation_of_an_unknown_batch(backend, whole):
+    def shuffle(x):
+        return jax.random.permutation(jax.random.key(0), x if whole else x.shape[0])
+
+    compiled = backend.compile(jaxwrap.wrap_function(shuffle), "batch", [array(4, 3)])
+    remedy = r"(?s)shuffle: .*`batch_size` in keras.Input.*unknown size 0 of float32\[None, 3\]"
+    with pytest.raises(ValueError, match=remedy):
+        compiled(*backend.tensors([array(4, 3)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
 from jaxwrap._bridge._lowering import PORTABLE_RULES
+from jaxwrap._errors import is_ours
 from jaxwrap._tracing import TracedValueError
 
 Shape = tuple[int | None, ...]
@@ -64,10 +66,11 @@ def export(
     for arguments in _symbolic(specs):
         try:
             return export_for(jitted, arguments, platforms, version)
-        # A callback or a foreign call fails for all sizes alike.
-        except (NotImplementedError, TracedValueError):
-            raise
         except Exception as raised:
+            # A callback or a foreign call, which our own errors are about, fails for all sizes alike.
+            alike = isinstance(raised, NotImplementedError) and is_ours(raised)
+            if alike or isinstance(raised, TracedValueError):
+                raise
             if all(None not in shape for shape, _ in specs):
                 raise
             # Later attempts tie sizes that the caller did not tie, and their errors would mislead.
@@ -77,8 +80,20 @@ def export(
     raise ValueError(
         f"JAX cannot trace the function for arguments {received}, where each None stands for a size that is unknown "
         "while the graph is built. If the function has to know such a size, give it: set the shape of the input, or "
-        f"`batch_size` in keras.Input. JAX says: {error}"
+        f"`batch_size` in keras.Input. JAX says: {_in_words(error, specs)}"
     ) from error
+
+
+def _in_words(error: Exception, specs: Sequence[tuple[Shape, str]]) -> str:
+    """Return the first paragraph of JAX's error, with the sizes that our symbols stand for."""
+
+    def name(match: re.Match[str]) -> str:
+        argument, axis = map(int, match.groups())
+        shape, dtype = specs[argument]
+        return f"the unknown size {axis} of {dtype}{list(shape)}"
+
+    paragraph = str(error).partition("\n\n")[0].partition("\nThis error arises")[0]
+    return re.sub(r"(?:Symbolic dimension )?'?\bd(\d+)_(\d+)\b'?", name, paragraph)
 
 
 def export_for(

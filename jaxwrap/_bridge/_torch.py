@@ -17,6 +17,7 @@ from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import ALIGNMENT, Kept, host_copies
 from jaxwrap._bridge._residuals import Linearized
 from jaxwrap._bridge._vjp import own_outputs, vjp, vjp_roles
+from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
@@ -45,6 +46,9 @@ class TorchBridge(Bridge):
         return isinstance(leaf, torch.Tensor)
 
     def spec(self, tensor: Tensor) -> tuple[tuple[int | None, ...], str]:
+        strided = not isinstance(tensor, torch.Tensor) or tensor.layout is torch.strided
+        if not strided or getattr(tensor, "is_nested", False):
+            check_dense(tensor)
         name = str(tensor.dtype).removeprefix("torch.")
         check_dtype(name)
         return tuple(tensor.shape), name

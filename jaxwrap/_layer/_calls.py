@@ -12,6 +12,7 @@ import jax
 import keras
 
 from jaxwrap._bridge import get_bridge
+from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import warn_if_narrowed
 from jaxwrap._errors import describe, naming, raise_named
 from jaxwrap._layer import _fast
@@ -140,6 +141,9 @@ class Calls:
             if result.metrics:
                 engine.reports.check(result.metrics)
         except Exception as error:
+            with naming(describe(self._layer)):
+                for leaf in leaves:
+                    check_dense(leaf)
             raise_named(error, describe(self._layer))
         self._assign(result, training)
         return result.outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -50,7 +51,7 @@ class Engine:
         self.adapter = adapter
         self.rules = rules
         self.options = options
-        self.inputs = Inputs(adapter.signature())
+        self.inputs = Inputs(adapter.signature(), _model_name(adapter))
         self.seeds = Seeds(options.seed, adapter.streams(), adapter.draws, options.key_impl)
         self.weights: Weights | None = None
         self.specs: dict[str, PyTree] | None = None
@@ -274,6 +275,13 @@ class Engine:
         """Trace the model without data: see `abstract_result`."""
         with self.lock:  # draws initial seeds
             return abstract_result(self, specs, training)
+
+
+def _model_name(adapter: Adapter) -> str:
+    """Return the name of the model, the first field of an adapter, in errors."""
+    fields = dataclasses.fields(adapter) if dataclasses.is_dataclass(adapter) else ()
+    model = getattr(adapter, fields[0].name) if fields else adapter
+    return f"`{getattr(model, '__qualname__', type(model).__name__)}`"
 
 
 def _read_spec(tensor: Any) -> tuple[Any, str]:

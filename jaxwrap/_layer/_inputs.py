@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ class Inputs:
 
     Args:
         signature: The arguments, or None for one, `inputs`.
+        model: The name of the model in errors.
 
     Attributes:
         names: Their names, in order.
@@ -37,7 +39,7 @@ class Inputs:
         ValueError: If there are no arguments.
     """
 
-    def __init__(self, signature: inspect.Signature | None):
+    def __init__(self, signature: inspect.Signature | None, model: str = "the model"):
         parameters = [
             # Keras binds by name.
             parameter.replace(kind=_Parameter.POSITIONAL_OR_KEYWORD)
@@ -52,6 +54,9 @@ class Inputs:
         self.names = tuple(parameter.name for parameter in parameters)
         self.signature = inspect.Signature([*parameters, training])
         self._is_dict = signature is not None
+        # Without annotations, which are long and say little.
+        bare = [p.replace(annotation=p.empty) for p in self.signature.parameters.values()]
+        self._takes = f"the layer of {model} takes {inspect.Signature(bare)}"
         parameters = self.signature.parameters.values()
         self._known = {parameter.name for parameter in parameters}
         self._required = {p.name for p in parameters if p.default is p.empty}
@@ -78,16 +83,26 @@ class Inputs:
             try:
                 arguments = dict(self.signature.bind(*args, **kwargs).arguments)
             except TypeError as error:
-                raise TypeError(f"{error}; the layer takes {self.signature}.") from None
+                raise TypeError(f"{error}{self._near(kwargs)}; {self._takes}.") from None
         training = arguments.pop("training", None)
         if not isinstance(training, (bool, np.bool_, int, type(None))):
             shape = getattr(training, "shape", None)
             shown = "" if shape is None else f" of shape {tuple(shape)}"
             raise TypeError(
-                f"`training` must be a bool; received a {type(training).__name__}{shown}. The layer takes "
-                f"{self.signature}: {', '.join(self.names)} by position, then the train flag."
+                f"`training` must be a bool; received a {type(training).__name__}{shown}; {self._takes}: "
+                f"{', '.join(self.names)} by position, then the train flag."
             )
         return arguments, None if training is None else bool(training)
+
+    def _near(self, kwargs: dict[str, Any]) -> str:
+        """Return the names that misspelled ones are near."""
+        unknown = [name for name in kwargs if name not in self._known]
+        near = [
+            found
+            for name in unknown
+            for found in difflib.get_close_matches(name, self._known - kwargs.keys(), n=1)
+        ]
+        return f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
 
     def rename(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Let `inputs=` stand for the first argument, whatever its name."""
