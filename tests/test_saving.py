@@ -2,6 +2,9 @@
 
 import warnings
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import keras
 import models
 import numpy as np
@@ -92,6 +95,23 @@ def test_weights_file(tmp_path):
     one.save_weights(tmp_path / "w.weights.h5")
     two.load_weights(tmp_path / "w.weights.h5")
     np.testing.assert_allclose(to_numpy(two(inputs())), to_numpy(one(inputs())), 1e-6, 1e-6)
+
+
+def test_a_decode_cache_is_saved_with_its_shapes(tmp_path):
+    """`init` makes a cache as long as the inputs that it gets, and a layer in use gets one step."""
+    module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, decode=True)
+    variables = module.init(jax.random.key(0), jnp.ones((3, 6, 4)))
+    model = keras.Sequential([keras.Input((1, 4), 3), FlaxLayer(module, variables=variables)])
+    for index in range(4):
+        step = x(3, 1, 4) + index
+        expected, changed = module.apply(variables, jnp.asarray(step), mutable=["cache"])
+        np.testing.assert_allclose(to_numpy(model(step)), expected, 1e-5, 1e-5)
+        variables |= changed
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+    cache = model.layers[0].get_variables()["cache"]
+    assert cache["cached_key"].shape == (3, 6, 2, 4)
+    assert cache["cache_index"] == 4
 
 
 EXPORTED = ["mlp", "norm", "tokens", "cnn"]
