@@ -110,6 +110,10 @@ class Deserializer:
             return dict(pairs)
         return self._class(config, Mapping)(pairs)
 
+    def _set(self, config: dict[str, Any], depth: int) -> Any:
+        items = self.deserialize(_list(config["items"]), depth)
+        return frozenset(items) if config.get("frozen") else set(items)
+
     def _enum(self, config: dict[str, Any], depth: int) -> Any:
         return self._class(config, enum.Enum)[config["member"]]
 
@@ -189,6 +193,7 @@ _KINDS = {
         Deserializer._weight,
         Deserializer._name,
         Deserializer._dict,
+        Deserializer._set,
         Deserializer._enum,
         Deserializer._dtype,
         Deserializer._array,

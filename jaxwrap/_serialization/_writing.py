@@ -6,6 +6,7 @@ import base64
 import enum
 import functools
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -27,8 +28,8 @@ def serialize(obj: Any, what: str) -> Any:
     """Make a config from data, modules and functions.
 
     Args:
-        obj: Plain data, tuples, lists, dicts and enums. Dtypes and small arrays. Registered dataclasses, Linen and
-            Equinox modules and namedtuples, by their fields. Functions, classes and other objects with a name.
+        obj: Plain data, tuples, lists, dicts, sets and enums. Dtypes and small arrays. Registered dataclasses, Linen
+            and Equinox modules and namedtuples, by their fields. Functions, classes and other objects with a name.
             `functools.partial`, initializers, objects with `get_config`, and `Weight`.
         what: The argument that holds it, for errors. For example "module".
 
@@ -132,6 +133,11 @@ def _data(obj: Any, where: _Where, depth: int) -> Any:
             for key, value in obj.items()
         ]
         return {"kind": "dict", "items": items, **kind}
+    if type(obj) in (set, frozenset):
+        members = [_serialize(item, where.item(f"[{item!r}]"), depth) for item in obj]
+        # The order of a set changes from process to process.
+        members.sort(key=json.dumps)
+        return {"kind": "set", "items": members, "frozen": type(obj) is frozenset}
     if isinstance(obj, enum.Enum):
         return {"kind": "enum", "class": _class_name(obj, where), "member": obj.name}
     if isinstance(obj, np.dtype):
