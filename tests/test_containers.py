@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 
 import flax.linen as nn
 import flax.struct
@@ -156,9 +157,20 @@ def test_containers_among_arguments_survive_saving(fn, init, nest, tmp_path):
     )
 
 
-def test_a_container_that_is_not_registered_is_named_when_saving():
+@jaxwrap.register_serializable("tests_containers")
+def left_of(inputs):
+    return inputs.left
+
+
+def test_a_container_that_is_not_registered_is_named_when_saving(tmp_path):
     Other = collections.namedtuple("Other", ["left", "right"])
-    layer = JaxLayer(lambda inputs: inputs.left, name="other")
+    layer = JaxLayer(left_of, name="other")
+    model = keras.Sequential([layer])
     layer(Other(x(2), x(2)))
-    with pytest.raises(TypeError, match=r"JaxLayer 'other': cannot be saved.*Other, which has not"):
-        layer.get_build_config()
+    message = r"^JaxLayer 'other': cannot be saved:\n  `inputs` is an object of the class Other, which has"
+    with pytest.raises(TypeError, match=message):
+        model.save(tmp_path / "model.keras")
+    # A copy needs no name.
+    again = JaxLayer.from_config(layer.get_config())
+    again.build_from_config(json.loads(json.dumps(layer.get_build_config())))
+    assert type(again._engine.specs["inputs"]) is Other

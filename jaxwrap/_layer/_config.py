@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxwrap._errors import naming
+from jaxwrap._errors import describe, naming
 from jaxwrap._layer._adapter import Adapter
 from jaxwrap._layer._engine import Engine
-from jaxwrap._serialization import deserialize, serialize, serialize_callable
+from jaxwrap._serialization import deserialize, one_config, serialize, serialize_callable
 
 # The key of a config that holds the arguments of a constructor of the user's own.
 _CONSTRUCTOR = "constructor"
@@ -24,6 +24,11 @@ def get_config(layer: Any, keras_config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: If something cannot be saved.
     """
+    with one_config("layer", describe(layer)):
+        return _config(layer, keras_config)
+
+
+def _config(layer: Any, keras_config: dict[str, Any]) -> dict[str, Any]:
     engine: Engine = layer._engine
     if (arguments := vars(layer).get(_NOTED)) is not None:
         return _own_constructor_config(layer, arguments)

@@ -1,9 +1,16 @@
 """Modules, functions and pytrees ⇄ configs: data, and names that loading looks up and never imports."""
 
-from jaxwrap._serialization._names import name_of, register_serializable
+from jaxwrap._serialization._missing import one_config
+from jaxwrap._serialization._names import name_of
 from jaxwrap._serialization._nodes import Weight, check_size
 from jaxwrap._serialization._reading import deserialize, deserialize_fields
-from jaxwrap._serialization._writing import serialize, serialize_callable, serialize_fields
+from jaxwrap._serialization._registering import register_serializable
+from jaxwrap._serialization._writing import (
+    serialize,
+    serialize_by_name,
+    serialize_callable,
+    serialize_fields,
+)
 
 __all__ = [
     "Weight",
@@ -11,8 +18,10 @@ __all__ = [
     "deserialize",
     "deserialize_fields",
     "name_of",
+    "one_config",
     "register_serializable",
     "serialize",
+    "serialize_by_name",
     "serialize_callable",
     "serialize_fields",
 ]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxwrap._serialization._local import has_local_name
 from jaxwrap._serialization._names import name_of
 
 
@@ -88,7 +89,7 @@ def _method(value: Any, values: Mapping[str, Any]) -> Method | None:
     if not inspect.isfunction(function) or name_of(function) is not None:
         return None
     for field, other in values.items():
-        if _public_function(type(other), function.__name__) is function and (
+        if _public_function(type(other), function.__name__, type(other)) is function and (
             not bound or _equal(other, value.__self__)
         ):
             return Method(field, function.__name__, bound)
@@ -116,12 +117,20 @@ def _resolve(value: Any, fields: Mapping[str, Any]) -> Any:
     return function.__get__(owner) if value.bound else function
 
 
-def _public_function(cls: type, name: str) -> Any:
-    """Return a function that a class defines. None if it is private, or if a file may not name the class."""
+def _public_function(cls: type, name: str, also: type | None = None) -> Any:
+    """Return a function that a class defines. None if it is private, or if a config may not name the class.
+
+    Args:
+        cls: The class.
+        name: The name of the function.
+        also: A class whose functions count without a registered name.
+    """
     if name.startswith("_") and name != "__call__":
         return None
     defining = next((base for base in cls.__mro__ if name in vars(base)), None)
-    if defining is None or name_of(defining) is None:
+    if defining is None:
+        return None
+    if defining is not also and name_of(defining) is None and not has_local_name(defining):
         return None
     function = vars(defining)[name]
     return function if inspect.isfunction(function) else None

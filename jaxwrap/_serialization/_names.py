@@ -4,73 +4,35 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import keras
 
 from jaxwrap._serialization._allowed import NAMES
-
-_Registered = TypeVar("_Registered")
+from jaxwrap._serialization._local import find_local, is_local, own_name_in
 
 # Keras's own registry takes only functions, and classes with `get_config`.
 _OBJECTS: dict[str, Any] = {}
 
 
-def register_serializable(
-    package: str, name: str | None = None
-) -> Callable[[_Registered], _Registered]:
-    """Give an object a name by which files may refer to it: a function, a class, a Haiku transform, an enum.
+def register(name: str, obj: Any) -> None:
+    """Register an object under a name, which has a package in front: "package>name"."""
+    _OBJECTS[name] = obj
+    # Keras looks its own layers up in its own registry.
+    if isinstance(obj, type) and callable(getattr(obj, "get_config", None)):
+        package, _, own = name.rpartition(">")
+        keras.saving.register_keras_serializable(package, own)(obj)
 
-    Loading looks names up and never imports anything. So register an object before you write a file, and under the same
-    name before you read it. A class needs no `get_config`: of a dataclass (a Linen or an Equinox module is one), a
-    namedtuple or an enum, the file holds the fields. jaxwrap also finds what
-    `keras.saving.register_keras_serializable` has registered.
 
-    Args:
-        package: A prefix that keeps equal names apart, such as the name of your package.
-        name: The name. By default the object's own.
-
-    Returns:
-        A decorator, which returns the object unchanged. For an object that exists already, call it:
-        `register_serializable("mine", "encoder")(encoder)`.
-
-    Raises:
-        TypeError: If `package` or `name` is not a string, or if you pass no name and the object has none of its own.
-
-    Example:
-        >>> import flax.linen as nn, jaxwrap
-        >>> @jaxwrap.register_serializable("docs")
-        ... class Net(nn.Module):
-        ...     width: int = 8
-        ...     @nn.compact
-        ...     def __call__(self, x):
-        ...         return nn.Dense(self.width)(x)
-        >>> layer = jaxwrap.FlaxLayer(Net(width=3))
-        >>> jaxwrap.FlaxLayer.from_config(layer.get_config()).module.width
-        3
-    """
-
-    def register(obj: _Registered) -> _Registered:
-        own = name if name is not None else getattr(obj, "__name__", None)
-        for argument, value in (("package", package), ("name", own)):
-            if not isinstance(value, str) or not value:
-                raise TypeError(
-                    f"register_serializable: expected a string for `{argument}`, received {value!r}, for {obj!r}."
-                )
-        _OBJECTS[f"{package}>{own}"] = obj
-        # Keras looks its own layers up in its own registry.
-        if isinstance(obj, type) and callable(getattr(obj, "get_config", None)):
-            keras.saving.register_keras_serializable(package, own)(obj)
-        return obj
-
-    return register
+def registered(name: str) -> Any:
+    """Return what is registered under a name, or None."""
+    return _OBJECTS.get(name)
 
 
 def name_of(obj: Any) -> str | None:
     """Return the name by which a file may refer to an object, or None."""
-    for name, registered in (*_OBJECTS.items(), *keras.saving.get_custom_objects().items()):
-        if registered is obj:
+    for name, known in (*_OBJECTS.items(), *keras.saving.get_custom_objects().items()):
+        if known is obj:
             return name
     for full, (module, name) in NAMES.items():
         # `obj` cannot come from a library that nobody has imported.
@@ -85,11 +47,21 @@ def find(name: Any) -> Any:
     Raises:
         ValueError: If the name is neither registered nor in the list of allowed names.
     """
+    if (local := find_local(name)) is not None:
+        return local
+    if is_local(name):
+        # Another process made the config. `custom_objects` may have what it means.
+        name = own_name_in(name)
+        if not name:
+            raise ValueError(
+                "this config refers to an object that is not registered, in the process that made the config. Register "
+                'it there and here: `jaxwrap.register_serializable("my_package", "my_name")(...)`.'
+            )
     if isinstance(name, str):
         if name in _OBJECTS:
             return _OBJECTS[name]
-        if (registered := keras.saving.get_registered_object(name)) is not None:
-            return registered
+        if (known := keras.saving.get_registered_object(name)) is not None:
+            return known
         # The name is a key of our list, and never a path to import: that was CVE-2025-1550.
         if name in NAMES:
             return load(*NAMES[name])

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxwrap._serialization._factories import find_factory
 from jaxwrap._serialization._fields import Method, from_fields
+from jaxwrap._serialization._local import find_local
 from jaxwrap._serialization._names import find
 from jaxwrap._serialization._nodes import MAX_DEPTH, PLAIN, Weight, check_size
 
@@ -153,6 +154,8 @@ class Deserializer:
         """Read Keras's own form, but find its classes and functions by their registered names only."""
         name, inner = config.get("class_name"), config.get("config")
         if name == "__lambda__":
+            if (own := find_local(config.get("registered_name"))) is not None:
+                return own
             # Keras refuses, unless `safe_mode=False`.
             return keras.saving.deserialize_keras_object(config)
         own = inner if name == "function" else f"{config.get('module')}.{name}"

@@ -10,7 +10,7 @@ import jax
 import keras
 
 from jaxwrap._errors import describe, door, naming
-from jaxwrap._serialization import deserialize, serialize_callable
+from jaxwrap._serialization import deserialize, one_config, serialize_callable
 from jaxwrap._training._predictions import PairFunction
 from jaxwrap._training._printing import name_of
 from jaxwrap._typing import PyTree, Tensor
@@ -94,7 +94,7 @@ class JaxLoss(keras.losses.Loss):
         Raises:
             TypeError: If the function cannot be saved. The error names the fix.
         """
-        with naming(describe(self)):
+        with naming(describe(self)), one_config("loss", describe(self)):
             fn = serialize_callable(self.fn, "fn")
         return {**super().get_config(), "fn": fn, "dtype": self.dtype}
 

@@ -10,7 +10,7 @@ import keras
 
 from jaxwrap._errors import describe, door, naming
 from jaxwrap._function import PytreeFunction
-from jaxwrap._serialization import deserialize, serialize_callable
+from jaxwrap._serialization import deserialize, one_config, serialize_callable
 from jaxwrap._training._predictions import PairFunction, predictions_first
 from jaxwrap._training._printing import name_of
 from jaxwrap._typing import PyTree
@@ -104,7 +104,7 @@ class JaxMetric(keras.metrics.Metric):
         Raises:
             TypeError: If a function cannot be saved. The error names the fix.
         """
-        with naming(describe(self)):
+        with naming(describe(self)), one_config("metric", describe(self)):
             functions = {
                 name: serialize_callable(fn, name)
                 for name, fn in zip(_FUNCTIONS, self._functions, strict=True)

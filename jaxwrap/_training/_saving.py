@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from jaxwrap._errors import describe, naming
-from jaxwrap._serialization import deserialize, serialize
+from jaxwrap._serialization import deserialize, one_config, serialize, serialize_by_name
 from jaxwrap._training._rate import EXAMPLE
 from jaxwrap._weights._files import load, save, stored_paths
 from jaxwrap._weights._names import unique_names
@@ -34,18 +34,24 @@ def get_config(optimizer: Any) -> dict[str, Any]:
     Raises:
         TypeError: If the transformation cannot be saved.
     """
-    recipe = optimizer._own.recipe
-    if recipe.is_ready:
-        raise TypeError(
-            "cannot be saved: a transformation consists of functions, and nothing says how it was made. Pass the "
-            f"function that makes it: {EXAMPLE}, or one of your own that is registered: "
-            '`@jaxwrap.register_serializable("my_package")`. `model.save_weights` works without.'
-        )
-    return {
-        "transformation": serialize(recipe.source, "transformation"),
-        "learning_rate": optimizer._rate_config(),
-        **{name: getattr(optimizer, name) for name in KERAS_ARGUMENTS},
-    }
+    with one_config("optimizer", describe(optimizer)):
+        return {
+            "transformation": _source_config(optimizer._own.recipe),
+            "learning_rate": optimizer._rate_config(),
+            **{name: getattr(optimizer, name) for name in KERAS_ARGUMENTS},
+        }
+
+
+def _source_config(recipe: Any) -> Any:
+    if not recipe.is_ready:
+        return serialize(recipe.source, "transformation")
+    return serialize_by_name(
+        recipe.source,
+        "transformation",
+        "consists of functions, and nothing says how it was made",
+        f"Pass the function that makes it: {EXAMPLE}, or one of your own that is registered: "
+        '`@jaxwrap.register_serializable("my_package")`. `model.save_weights` works without',
+    )
 
 
 def read_config(cls: Any, config: Mapping[str, Any], custom_objects: Any) -> dict[str, Any]:

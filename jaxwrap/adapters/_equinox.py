@@ -16,7 +16,7 @@ from jaxwrap._errors import check_types, describe, door, naming
 from jaxwrap._layer import Adapter, CallResult, JaxLayer
 from jaxwrap._layer._signature import AUTO
 from jaxwrap._pytree import is_array
-from jaxwrap._serialization import serialize, serialize_callable
+from jaxwrap._serialization import name_of, serialize, serialize_by_name, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
 from jaxwrap.adapters._equinox_calls import axis_name_of, make_module, suggesting_batch, takes_key
@@ -170,12 +170,6 @@ class Equinox(Adapter):
         """Return the fields as JSON, with arrays left to the weights file."""
         import equinox as eqx
 
-        if self.factory is None and "state" in self._own:
-            raise TypeError(
-                "cannot be saved: the state of a stateful module is not data. Make the layer with "
-                "`EquinoxLayer.from_factory(make)`, where `make(key)` is a function that returns the module and the "
-                'state, registered by `@jaxwrap.register_serializable("my_package")`.'
-            )
         method = method_for_config(self.module, self.method, eqx.Module)
         config = {
             "module": None,
@@ -188,7 +182,20 @@ class Equinox(Adapter):
         }
         if self.factory is not None:
             return {**config, "factory": serialize(self.factory, "factory")}
-        return {**config, "module": serialize(self._leaves.placeholders(), "module")}
+        if self.state is None:
+            # An instance that is registered comes back as it is.
+            module = self.module if name_of(self.module) else self._leaves.placeholders()
+            return {**config, "module": serialize(module, "module")}
+        problem = "belongs to a stateful module, whose state is not data"
+        advice = (
+            "Make the layer with `EquinoxLayer.from_factory(make)`, where `make(key)` is a function that returns the "
+            'module and the state, registered by `@jaxwrap.register_serializable("my_package")`'
+        )
+        return {
+            **config,
+            "module": serialize_by_name(self.module, "module", problem, advice),
+            "state": serialize_by_name(self.state, "state", problem, advice),
+        }
 
     @classmethod
     def fields_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import keras
 from jaxwrap._errors import describe, naming
 from jaxwrap._layer import Adapter, CallResult, JaxLayer
 from jaxwrap._layer._signature import AUTO
-from jaxwrap._serialization import name_of, serialize
+from jaxwrap._serialization import serialize_by_name
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
 from jaxwrap.adapters._libraries import require
@@ -108,13 +108,14 @@ class Haiku(Adapter):
 
     def get_config(self) -> dict[str, Any]:
         """The fields as JSON. A transform is a pair of closures, which only a registered name can stand for."""
-        if name_of(self.transformed) is None:
-            raise TypeError(
-                "cannot be saved: `transformed` has not been registered. Register it, under a name: "
-                '`jaxwrap.register_serializable("my_package", "my_net")(transformed)`.'
-            )
+        transformed = serialize_by_name(
+            self.transformed,
+            "transformed",
+            "has not been registered",
+            'Register it, under a name: `jaxwrap.register_serializable("my_package", "my_net")(transformed)`',
+        )
         return {
-            "transformed": serialize(self.transformed, "transformed"),
+            "transformed": transformed,
             "method": self.method,
             "training_argument": self.training_argument,
             "output": self.output,

@@ -15,7 +15,7 @@ import keras
 from jaxwrap._errors import describe, door, naming
 from jaxwrap._layer import Adapter, CallResult, JaxLayer
 from jaxwrap._layer._signature import AUTO
-from jaxwrap._serialization import serialize, serialize_callable
+from jaxwrap._serialization import serialize, serialize_by_name, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, OUTPUT, Collections
@@ -182,15 +182,9 @@ class NNX(Adapter):
         """Return the fields as JSON. Nothing says how an instance was made, so a factory must."""
         from flax import nnx
 
-        if self.factory is None:
-            raise TypeError(
-                "cannot be saved: `module` is an instance, and nothing says how it was made. Make the layer with "
-                "`NNXLayer.from_factory(make)`, where `make(rngs)` is a function that returns the module, registered "
-                'by `@jaxwrap.register_serializable("my_package")`.'
-            )
         method = method_for_config(self.example, self.method, nnx.Module)
         return {
-            "module": None,
+            "module": self._module_config() if self.factory is None else None,
             "method": serialize_callable(method, "method"),
             "trained": serialize(self.trained, "trainable"),
             "collections": serialize(self._roles.given, "collections"),
@@ -199,13 +193,24 @@ class NNX(Adapter):
             "factory": serialize(self.factory, "factory"),
         }
 
+    def _module_config(self) -> Any:
+        return serialize_by_name(
+            self.module,
+            "module",
+            "is an instance, and nothing says how it was made",
+            "Make the layer with `NNXLayer.from_factory(make)`, where `make(rngs)` returns the module, and is registered by "
+            '`@jaxwrap.register_serializable("my_package")`',
+        )
+
     @classmethod
     def fields_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields. A method that is named must be the module's own."""
         from flax import nnx
 
         fields = super().fields_from_config(config)
-        check_method(_abstract(fields["factory"]), fields.get("method"), nnx.Module)
+        module, factory = (fields.get(name) for name in ("module", "factory"))
+        example = module if factory is None else _abstract(factory)
+        check_method(example, fields.get("method"), nnx.Module)
         return fields
 
 
