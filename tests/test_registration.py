@@ -485,3 +485,40 @@ def test_tensorboard_writes_the_graph_of_a_model(tmp_path):
     board.on_train_end()
     (events,) = (tmp_path / "train").iterdir()
     assert b"graph_keras_model" in events.read_bytes()
+
+
+# NNX modules with values, and the function that makes such a module.
+
+
+def linear_and_norm(rngs, width=3):
+    return nnx.Sequential(nnx.Linear(4, width, rngs=rngs), nnx.BatchNorm(width, rngs=rngs))
+
+
+register(linear_and_norm)
+
+
+def test_an_nnx_module_with_a_factory_keeps_its_values_and_is_saved(tmp_path):
+    module = linear_and_norm(nnx.Rngs(5))
+    module.layers[0].kernel[...] = np.arange(12, dtype="float32").reshape(4, 3)
+    layer = jaxwrap.wrap(module, factory=linear_and_norm)
+    assert layer.module is module
+    model = keras.Sequential([keras.Input((4,)), layer])
+    module.eval()
+    expected = module(jnp.asarray(x(3, 4)))
+    np.testing.assert_allclose(to_numpy(model(x(3, 4))), expected, 1e-5, 1e-5)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(to_numpy(loaded(x(3, 4))), expected, 1e-5, 1e-5)
+    loaded.save(tmp_path / "again.keras")
+    again = keras.saving.load_model(tmp_path / "again.keras")
+    np.testing.assert_allclose(to_numpy(again(x(3, 4))), expected, 1e-5, 1e-5)
+
+
+def test_a_factory_that_makes_other_variables_is_refused():
+    module = linear_and_norm(nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"NNXLayer 'a': `factory` must make a module with the same"
+    ):
+        NNXLayer(module, factory=functools.partial(linear_and_norm, width=2), name="a")
+    with pytest.raises(ValueError, match=r"layers/1/bias: the module has float32\[3\], .* None"):
+        NNXLayer(module, factory=make_nnx)

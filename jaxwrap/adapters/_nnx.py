@@ -27,6 +27,7 @@ from jaxwrap.adapters._methods import (
     method_for_config,
     method_parameters,
 )
+from jaxwrap.adapters._nnx_factories import abstract_module, check_factory, make_module, typed
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -61,16 +62,18 @@ class NNX(Adapter):
                 "`NNXLayer.from_factory`."
             )
         _ = self._roles, self._arguments  # raise early
+        if self.module is not None and self.factory is not None:
+            check_factory(self._values(self.module), self._values(abstract_module(self.factory)))
 
     def __str__(self) -> str:
         return type(self.example).__qualname__
 
     @functools.cached_property
     def example(self) -> nnx.Module:
-        """The module. For a factory, one without values."""
-        if self.factory is None:
-            return self.module  # type: ignore[return-value]
-        return _abstract(self.factory)
+        """The module. If only a factory was passed, one without values."""
+        if self.module is None and self.factory is not None:
+            return abstract_module(self.factory)
+        return self.module  # type: ignore[return-value]
 
     @functools.cached_property
     def _roles(self) -> Collections:
@@ -123,7 +126,7 @@ class NNX(Adapter):
 
     def initial(self) -> tuple[PyTree, PyTree] | None:
         """Return the values of the module, unless a factory makes them."""
-        return None if self.factory is not None else self._values(self.module)
+        return None if self.module is None else self._values(self.module)
 
     def signature(self) -> inspect.Signature:
         """Return the arguments of the method, without the train flag."""
@@ -135,7 +138,7 @@ class NNX(Adapter):
 
         assert self.factory is not None
         # `nnx.Rngs` takes typed keys, and the keys of a layer are raw by default.
-        return self._values(_make(self.factory, nnx.Rngs(_typed(keys))))
+        return self._values(make_module(self.factory, nnx.Rngs(typed(keys))))
 
     def call(
         self,
@@ -153,7 +156,7 @@ class NNX(Adapter):
             module.train() if training else module.eval()
         own = {}
         if self._takes_rngs:
-            own["rngs"] = None if keys is None else nnx.Rngs(_typed(keys))
+            own["rngs"] = None if keys is None else nnx.Rngs(typed(keys))
         outputs = self._arguments.call(bind_method(module, self.method), inputs, training, **own)
         outputs = select_output(outputs, self.output)
         sown = self._pop_sown(module)
@@ -198,7 +201,8 @@ class NNX(Adapter):
             self.module,
             "module",
             "is an instance, and nothing says how it was made",
-            "Make the layer with `NNXLayer.from_factory(make)`, where `make(rngs)` returns the module, and is registered by "
+            "Name a function that makes such a module: `NNXLayer(module, factory=make)` keeps the values, and "
+            "`NNXLayer.from_factory(make)` makes new ones. `make(rngs)` returns the module, and is registered by "
             '`@jaxwrap.register_serializable("my_package")`',
         )
 
@@ -209,7 +213,7 @@ class NNX(Adapter):
 
         fields = super().fields_from_config(config)
         module, factory = (fields.get(name) for name in ("module", "factory"))
-        example = module if factory is None else _abstract(factory)
+        example = module if factory is None else abstract_module(factory)
         check_method(example, fields.get("method"), nnx.Module)
         return fields
 
@@ -234,7 +238,8 @@ class NNXLayer(JaxLayer):
         training_argument: The train flag of the method, if it has one: see `FlaxLayer`. With None the module stays in
             the mode it is in.
         output: See `FlaxLayer`.
-        factory: Instead of `module`, which is then None: see `from_factory`.
+        factory: A function that makes such a module: see `from_factory`. Files name it, and `module` gives the values.
+            With None for `module` it gives the values too.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
@@ -276,7 +281,7 @@ class NNXLayer(JaxLayer):
 
     @property
     def module(self) -> nnx.Module:
-        """The module. For a factory, one without values."""
+        """The module. If only a factory was passed, one without values."""
         return self.adapter.example
 
     @property
@@ -310,25 +315,6 @@ class NNXLayer(JaxLayer):
         """
         values = jax.tree_util.tree_map(jnp.asarray, self.get_variables())
         return self.adapter.merge(values["params"], values["state"])
-
-
-def _typed(key: Any) -> Any:
-    is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if is_typed else jax.random.wrap_key_data(key)
-
-
-def _abstract(factory: Callable[..., Any]) -> Any:
-    """Return the module that a factory makes, without values."""
-    from flax import nnx
-
-    return nnx.eval_shape(lambda: _make(factory, nnx.Rngs(0)))
-
-
-def _make(factory: Callable[..., Any], rngs: Any) -> Any:
-    # A class, or a `functools.partial` of it, is a factory too. Modules take their rngs by keyword, and hide it.
-    parameters = inspect.signature(factory).parameters
-    named = "rngs" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return factory(rngs=rngs) if named else factory(rngs)
 
 
 def _collection_name(name: Any) -> str:
