@@ -234,13 +234,45 @@ def test_the_error_is_about_the_whole_model(tmp_path, backend):
     assert message.startswith("FlaxLayer 'one': cannot be saved:\n")
     assert "`layer.module` of FlaxLayer 'one' is an object of the class Unregistered" in message
     assert "`layer.module.act`, a field of Block, of FlaxLayer 'two'" in message
-    assert "of JaxLayer 'three' is an object of the class Scale" in message
+    assert "`layer.adapter` of JaxLayer 'three' is an object of the class Scale" in message
     assert message.endswith(
         'Or all in one call: `jaxwrap.register_serializable("my_package")(model)`.'
     )
 
 
-def fresh(name="act"):
+def test_expressions_go_into_objects_with_configs_of_their_own(tmp_path):
+    rules = {".*": jaxwrap.Rule(regularizer=lambda x: keras.ops.sum(x))}
+    layer = FlaxLayer(nn.Dense(2), rules=rules, name="dense")
+    message = r"^`layer.rules\['\.\*'\].regularizer` is a lambda, .*`safe_mode=False`"
+    with pytest.warns(UserWarning, match=message):
+        save([layer], tmp_path)
+
+
+def orbax(model, folder):
+    callback = keras.callbacks.OrbaxCheckpoint(folder)
+    callback.set_model(model)
+    callback.on_epoch_end(0)
+
+
+WRITERS = {
+    "keras": lambda model, folder: model.save(folder / "model.keras"),
+    "folder": lambda model, folder: model.save(folder / "model", zipped=False),
+    "h5": lambda model, folder: model.save(folder / "model.h5"),
+    "function": lambda model, folder: keras.saving.save_model(model, folder / "model.keras"),
+    **({"orbax": orbax} if hasattr(keras.callbacks, "OrbaxCheckpoint") else {}),
+}
+
+
+@pytest.mark.parametrize("way", WRITERS)
+def test_every_way_to_write_a_file_asks_for_names(way, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), FlaxLayer(Unregistered(nn.Dense(2)))])
+    model.compile("sgd", "mse")
+    with pytest.raises(TypeError, match=r"cannot be saved:\n  `layer.module` is an object"):
+        WRITERS[way](model, tmp_path)
+    model.save_weights(tmp_path / "model.weights.h5")
+
+
+def fresh():
     """A module of classes and functions that nobody has registered."""
 
     def act(x):
@@ -459,6 +491,15 @@ def test_a_config_of_another_process_names_what_it_lacks(monkeypatch):
 
 def lambda_field(configs):
     return configs["linen lambda"]["module"]["fields"]["inner"]
+
+
+def test_a_pickle_holds_lambdas_and_registered_names_elsewhere(monkeypatch):
+    layers = [FREE["lambda"](), FlaxLayer(Block(2))]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    pickled = pickle.dumps(model)
+    monkeypatch.setattr(_local, "_OBJECTS", weakref.WeakValueDictionary())
+    again = pickle.loads(pickled)
+    np.testing.assert_allclose(to_numpy(again(x(3, 4))), to_numpy(model(x(3, 4))), 1e-6, 1e-6)
 
 
 def test_a_config_keeps_nothing_alive():

@@ -59,6 +59,19 @@ class Config:
         """Note that something has no registered name."""
         self.missing.append(Missing(str(where), problem, advice, key, warning, self.owner))
 
+    @contextlib.contextmanager
+    def inside(self, path: str, owner: str | None = None) -> Iterator[None]:
+        """Write a config inside this one, of an object at `path`, or of an owner."""
+        before = self.expression, self.owner
+        if owner is not None:
+            self.expression, self.owner = path, owner
+        else:
+            self.expression += f"{path}."
+        try:
+            yield
+        finally:
+            self.expression, self.owner = before
+
     def check(self) -> None:
         """Warn of what loads under conditions only.
 
@@ -110,25 +123,15 @@ def one_config(expression: str = "", owner: str = "") -> Iterator[Config]:
         TypeError: At the end, if the config is for a file and something has no registered name.
     """
     config = _CONFIG.get()
-    if config is None:
-        with _scope(Config(*_being_saved())) as config, _of(config, expression, owner):
+    if config is not None:
+        with config.inside(f"{expression}.", owner) if owner else contextlib.nullcontext():
             yield config
-            if config.is_for_file:
-                config.check()
         return
-    with _of(config, expression, owner):
+    config = Config(*_being_saved())
+    with _scope(config), config.inside(f"{expression}." if expression else "", owner):
         yield config
-
-
-@contextlib.contextmanager
-def _of(config: Config, expression: str, owner: str) -> Iterator[None]:
-    before = config.expression, config.owner
-    if expression:
-        config.expression, config.owner = f"{expression}.", owner
-    try:
-        yield
-    finally:
-        config.expression, config.owner = before
+        if config.is_for_file:
+            config.check()
 
 
 @contextlib.contextmanager

@@ -266,7 +266,8 @@ def _object(obj: Any, where: _Where, depth: int) -> Any:
 
 def _keras_form(obj: Any, where: _Where) -> dict[str, Any]:
     """Write an object as Keras does, with the name under which we find its class."""
-    config: Any = keras.saving.serialize_keras_object(obj)
+    with where.config.inside(where.path):
+        config: Any = keras.saving.serialize_keras_object(obj)
     name = name_of(type(obj))
     if name is None and not where.config.is_for_file:
         name = local_name(type(obj))
