@@ -298,18 +298,20 @@ def fresh():
 def test_one_call_registers_all(what, tmp_path, monkeypatch):
     module = fresh()
     layer = FlaxLayer(module)
-    model = keras.Sequential([keras.Input((4,)), layer])
+    # Keras saves the lambda, with a warning, and has no name for it.
+    model = keras.Sequential([keras.Input((4,)), layer, JaxLayer(lambda inputs: inputs + 1)])
     obj = {"module": module, "layer": layer, "model": model}[what]
     package = f"one_call_{what}"
     assert jaxwrap.register_serializable(package)(obj) is obj
     assert find(f"{package}>Outer") is type(module)
     assert find(f"{package}>Inner") is type(module.inner)
     assert find(f"{package}>act") is module.inner.act
-    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="is a lambda"):
+        model.save(tmp_path / "model.keras")
     # As another program sees it.
     monkeypatch.setattr(_local, "_OBJECTS", weakref.WeakValueDictionary())
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    expected = module.apply(layer.get_variables(), x(3, 4))
+    loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=False)
+    expected = module.apply(layer.get_variables(), x(3, 4)) + 1
     np.testing.assert_allclose(to_numpy(loaded(x(3, 4))), expected, 1e-5, 1e-5)
     # Again, for the same and for one that a notebook has made again.
     jaxwrap.register_serializable(package)(obj)
@@ -418,10 +420,6 @@ FREE = {
 }
 
 
-def by_config(model):
-    return type(model).from_config(model.get_config())
-
-
 def by_json(model):
     return keras.models.model_from_json(model.to_json())
 
@@ -430,9 +428,7 @@ def by_pickle(model):
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize(
-    "way", [by_config, by_json, by_pickle, copy.deepcopy, keras.models.clone_model]
-)
+@pytest.mark.parametrize("way", [by_json, by_pickle, copy.deepcopy, keras.models.clone_model])
 @pytest.mark.parametrize("name", FREE)
 def test_copies_need_no_registration(name, way, backend):
     model = keras.Sequential([keras.Input((4,)), FREE[name]()])
@@ -509,8 +505,6 @@ def test_a_config_keeps_nothing_alive():
     names = [weakref.ref(module.inner.act), weakref.ref(type(module))]
     assert FlaxLayer.from_config(config).module.inner.act is module.inner.act
     del module, layer
-    keras.backend.clear_session()
-    jax.clear_caches()
     gc.collect()
     assert names[0]() is None
     with pytest.raises(ValueError, match="is not registered"):

@@ -116,13 +116,14 @@ def _register_parts(package: str, obj: Any) -> None:
             keras.saving.serialize_keras_object(obj)
         else:
             serialize(obj, type(obj).__name__)
-    if nameless := [one for one in config.missing if one.key is None]:
+    # Without those that a file holds in Keras's form.
+    if nameless := [one for one in config.missing if one.key is None and one.warning is None]:
         raise TypeError(
             f"register_serializable: not everything that the {type(obj).__name__} is made of has a name:\n"
             + listed(nameless)
         )
     parts: dict[str, Any] = {}
-    for key in (one.key for one in config.missing):
+    for key in (one.key for one in config.missing if one.key is not None):
         own = f"{package}>{key.__name__}"
         other = parts.get(own) or registered(own) or key
         # A notebook defines the same class again and again.
