@@ -348,6 +348,111 @@ def test_masks_by_path(make_transformation):
     assert_close(params_of(model), expected)
 
 
+class Composed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.net = jaxwrap.FlaxLayer(Net(), name="net")
+        self.head = keras.layers.Dense(2, name="head")
+
+    def call(self, x):
+        return self.head(self.net(x))
+
+
+def composed():
+    model = Composed()
+    model(digits()[0])
+    return model
+
+
+def alone():
+    layer = jaxwrap.FlaxLayer(Net())
+    layer.build((None, 64))
+    return layer
+
+
+def sequential():
+    layers = [jaxwrap.FlaxLayer(Net(), name="net"), keras.layers.Dense(2, name="head")]
+    return keras.Sequential([keras.Input((64,)), *layers])
+
+
+@pytest.mark.parametrize(
+    ("make_one", "root"),
+    [(sequential, "sequential"), (composed, "composed"), (alone, "flax_layer")],
+)
+def test_the_root_does_not_depend_on_a_counter(make_one, root):
+    """What Keras made before in this process gives a model another number."""
+    for _ in range(2):
+        model = make_one()
+        optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
+        optimizer.build(model.trainable_variables)
+        assert list(optimizer.params) == [root]
+        assert list(optimizer.state[0].mu) == [root]
+    assert model.name != root
+
+
+def test_numbers_in_names_of_layers_stay():
+    layers = [keras.layers.Dense(2, name=f"dense_{number}") for number in (2, 5)]
+    for layer in layers:
+        layer.build((None, 2))
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
+    optimizer.build([variable for layer in layers for variable in layer.trainable_variables])
+    assert list(optimizer.params) == ["dense_2", "dense_5"]
+    optimizer.build(layers[0].trainable_variables)
+    assert list(optimizer.params) == ["dense_2"]
+
+
+def test_state_stays_with_its_variable_when_the_root_changes():
+    layer, head = jaxwrap.FlaxLayer(Net(), name="flax_layer_7"), keras.layers.Dense(2, name="head")
+    layer.build((None, 64))
+    head.build((None, 10))
+    variables = list(layer.trainable_variables)
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
+    optimizer.build([*variables, *head.trainable_variables])
+    gradients = [np.full(v.shape, 0.1 * (i + 1), "float32") for i, v in enumerate(variables)]
+    optimizer.apply(list(map(keras.ops.convert_to_tensor, gradients)), variables)
+    before = jax.tree.map(lambda v: to_numpy(v.value), optimizer.state[0].mu["flax_layer_7"])
+    optimizer.build(variables)
+    after = jax.tree.map(lambda v: to_numpy(v.value), optimizer.state[0].mu["flax_layer"])
+    assert_close(after, before, 0)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        optax.multi_transform({"a": optax.sgd(1.0)}, {"net": "a"}),
+        optax.multi_transform({"a": optax.sgd(1.0)}, {"net": "a", "other": "a"}),
+        optax.multi_transform({"a": optax.sgd(1.0)}, {"net": "a", "head": "b"}),
+        optax.multi_transform(
+            {"a": optax.sgd(1.0)}, lambda params: dict.fromkeys([*params, "more"], "a")
+        ),
+        optax.masked(optax.sgd(1.0), {"model": {"net": True, "head": False}}),
+        optax.adamw(1.0, mask={"net": {"params": {"Dense_0": True}}, "head": True}),
+    ],
+    ids=["missing", "other", "unknown label", "function", "a root too many", "below"],
+)
+def test_labels_that_do_not_fit_name_the_top_of_the_tree(transformation):
+    inputs = keras.Input((64,))
+    outputs = keras.layers.Dense(2, name="head")(jaxwrap.FlaxLayer(Net(), name="net")(inputs))
+    model = keras.Model(inputs, outputs)
+    optimizer = jaxwrap.OptaxOptimizer(transformation, name="mine")
+    top = r"'mine'.*{'head': {'bias', 'kernel'}, 'net': {'params'}}.*tree_map_with_path"
+    with pytest.raises(ValueError, match=top) as caught:
+        optimizer.build(model.trainable_variables)
+    assert caught.value.__cause__ is not None
+    assert not optimizer.built
+
+
+def test_an_error_in_a_function_of_labels_notes_the_top_of_the_tree():
+    optimizer = jaxwrap.OptaxOptimizer(
+        optax.masked(optax.sgd(1.0), lambda params: params["encoder"])
+    )
+    with pytest.raises(KeyError) as caught:
+        optimizer.build([keras.Variable(np.ones(2), name=f"v{number}") for number in range(20)])
+    note = caught.value.__notes__[-1]
+    assert "{'v0', 'v1', 'v10', 'v11', 'v12', 'v13', 'v14', 'v15', ... 12 more}" in note
+
+
 # Freezing.
 
 

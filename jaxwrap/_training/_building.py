@@ -46,10 +46,11 @@ def make_step(optimizer: Any, variables: Sequence[keras.Variable]) -> Step:
     return step
 
 
-def untrack(optimizer: Any) -> dict[str, np.ndarray]:
-    """Forget the variables of an optimizer that is to be built again. Return their values by path."""
-    # By path: Keras makes its own variables again, and their places change.
-    values = {variable.path: to_host(variable) for variable in optimizer.variables}
+def untrack(optimizer: Any) -> dict[Any, np.ndarray]:
+    """Forget the variables of an optimizer that is to be built again. Return their values, by what they belong to."""
+    keys = _keys(optimizer)
+    # Keras makes its own variables again, and their places change.
+    values = {key: to_host(variable) for key, variable in keys.items()}
     for variable in optimizer.variables:
         # The constructor of Keras made these two, and `build` does not make them again.
         if variable is not optimizer._iterations and variable is not optimizer._learning_rate:
@@ -59,13 +60,13 @@ def untrack(optimizer: Any) -> dict[str, np.ndarray]:
 
 
 def restore(
-    optimizer: Any, values: Mapping[str, np.ndarray], variables: Sequence[keras.Variable]
+    optimizer: Any, values: Mapping[Any, np.ndarray], variables: Sequence[keras.Variable]
 ) -> None:
     """Assign the values from before to the variables that stay."""
     if not values:
         return
-    for variable in optimizer.variables:
-        value = values.get(variable.path)
+    for key, variable in _keys(optimizer).items():
+        value = values.get(key)
         if value is not None and value.shape == tuple(variable.shape):
             assign(variable, value)
     if optimizer.use_ema:
@@ -74,3 +75,16 @@ def restore(
         for variable, average in zip(variables, averages, strict=True):
             if average is not None and average.path not in values:
                 average.assign(variable.value)
+
+
+def _keys(optimizer: Any) -> dict[Any, keras.Variable]:
+    """Return the variables of an optimizer by path, or by the variable that they are about and the rest of the path."""
+    step, keys = optimizer._own.step, {}
+    own = set(map(id, step.state.variables))
+    for variable in optimizer.variables:
+        rest, index = step.params.index(tuple(variable.path.split("/")))
+        # The names of variables change with the others that are trained.
+        is_about_one = index >= 0 and id(variable) in own
+        key = (rest, id(step.params.variables[index])) if is_about_one else variable.path
+        keys[key] = variable
+    return keys

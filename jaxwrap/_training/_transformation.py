@@ -147,11 +147,16 @@ def update(
     return updates.fast, SlowParams(optax.apply_updates(state.slow, updates.slow), inner)
 
 
-def needed_arguments(transformation: Any, params: PyTree) -> tuple[str, ...]:
+def needed_arguments(transformation: Any, params: PyTree, top: str) -> tuple[str, ...]:
     """Return the names of the extra arguments without which the transformation cannot update.
 
+    Args:
+        transformation: The transformation.
+        params: The parameters.
+        top: Their first levels, for errors.
+
     Raises:
-        ValueError: If it needs the function that computes the loss, as line searches do.
+        ValueError: If it needs the function that computes the loss, as line searches do, or does not fit `params`.
     """
 
     def attempt(params: PyTree) -> PyTree:
@@ -159,9 +164,10 @@ def needed_arguments(transformation: Any, params: PyTree) -> tuple[str, ...]:
 
     try:
         jax.eval_shape(attempt, params)
-    except TypeError as error:
+    except (TypeError, ValueError, KeyError) as error:
         message = str(error)
-        if not _MISSING.search(message):
+        if not isinstance(error, TypeError) or not _MISSING.search(message):
+            _explain(error, top)
             raise
         # Optax has no list of them. Only Python's error names them.
         names = tuple(re.findall(r"'(\w+)'", message))
@@ -173,6 +179,24 @@ def needed_arguments(transformation: Any, params: PyTree) -> tuple[str, ...]:
             ) from None
         return names
     return ()
+
+
+def _explain(error: Exception, top: str) -> None:
+    """Add the names of the parameters to the error of a transformation, or raise it as one about labels."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    about = f"gets parameters and gradients as nested dicts, at the top {top}"
+    if isinstance(error, TypeError) or module.partition(".")[0] not in ("jax", "optax"):
+        # Of the user's own function, or not about structure.
+        error.add_note(f"The transformation {about}.")
+        return
+    raise ValueError(
+        f"the transformation does not fit the parameters. It {about}. Labels and masks need the same keys. Pass a "
+        "function of the parameters, such as `lambda params: jax.tree_util.tree_map_with_path(label_of, params)`.\n"
+        f"{type(error).__name__}: {error}"
+    ) from error
 
 
 def injected(state: PyTree, find: Callable[[Any], Any]) -> list[Any]:

@@ -44,7 +44,7 @@ class Step:
         transformation = recipe.make(rate)
         tree = self.params.tree([to_host(variable) for variable in variables])
         # Asked now, so that a transformation that Keras cannot feed fails in `build`, and not in `fit`.
-        self.needed = needed_arguments(transformation, tree)
+        self.needed = needed_arguments(transformation, tree, self.params.top())
         seen: dict[Any, int] = {}
 
         def rank(path: tuple[str, ...]) -> tuple[int, int]:
