@@ -1,6 +1,8 @@
 """`OptaxOptimizer` beside native Optax, run in the same process on the same gradients."""
 
+import concurrent.futures
 import functools
+import threading
 
 import flax.linen as nn
 import jax
@@ -687,6 +689,63 @@ def test_replicas_are_not_supported(monkeypatch):
     with pytest.raises(ValueError, match=r"strategy with 2 replicas is not supported.*one device"):
         optimizer.build(make().trainable_variables)
     assert not optimizer.built
+
+
+@pytest.mark.parametrize("source", ["loss", "argument"])
+def test_threads_keep_their_own_losses(source):
+    """Each thread updates a variable of its own, by the loss that it passes."""
+    count = 4
+    barrier = threading.Barrier(count, timeout=60)
+
+    class Slow(jaxwrap.OptaxOptimizer):
+        def _check_variables_are_known(self, variables):
+            barrier.wait()
+            super()._check_variables_are_known(variables)
+
+    def update(updates, state, params=None, *, value, **_):
+        return jax.tree.map(lambda update: -update * value, updates), state
+
+    transformation = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    variables = [keras.Variable(np.zeros(2, "float32"), name=f"v{i}") for i in range(count)]
+    optimizer = Slow(transformation)
+    optimizer.build(variables)
+    one = keras.ops.ones(2)
+
+    def step(index):
+        loss = keras.ops.convert_to_tensor(float(index + 1))
+        extra = {"value": loss} if source == "argument" else {}
+        if not extra:
+            optimizer.scale_loss(loss)
+        optimizer.apply([one], [variables[index]], **extra)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        for _ in range(3):
+            list(pool.map(step, range(count)))
+    for index, variable in enumerate(variables):
+        assert_close(to_numpy(variable.value), np.full(2, -3.0 * (index + 1)))
+
+
+def test_another_thread_cannot_read_a_rate_that_does_not_exist():
+    errors = []
+
+    def read():
+        try:
+            _ = optimizer.learning_rate
+        except ValueError as error:
+            errors.append(error)
+
+    def update(updates, state, params=None):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+        return updates, state
+
+    variable = keras.Variable(np.zeros(2, "float32"), name="v")
+    optimizer = jaxwrap.OptaxOptimizer(optax.GradientTransformation(lambda params: (), update))
+    optimizer.build([variable])
+    errors.clear()
+    optimizer.apply([keras.ops.ones(2)], [variable])
+    assert "has no learning rate that could be read" in str(errors[0])
 
 
 # Bad input.

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from jaxwrap._training._transformation import Recipe
 
 
-@dataclasses.dataclass
-class Internals:
-    """The parts of an `OptaxOptimizer`.
+class Call(threading.local):
+    """One step, from the loss to the update. Each thread has its own.
 
     Attributes:
-        recipe: How to get the transformation.
-        step: The compiled update, or None before building.
-        places: The places of the variables in the update, by Keras's keys.
         extra: Extra arguments of the transformation, while gradients are applied.
         loss: The loss of this step, if the transformation needs it.
         is_applying: Whether gradients are being applied, when Keras may ask for a learning rate that does not exist.
     """
 
-    recipe: Recipe
-    step: Any = None
-    places: dict[Any, int] = dataclasses.field(default_factory=dict)
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-    loss: Any = None
-    is_applying: bool = False
+    def __init__(self):
+        self.extra: dict[str, Any] = {}
+        self.loss: Any = None
+        self.is_applying = False
 
     @contextlib.contextmanager
     def arguments(self, extra: dict[str, Any]) -> Iterator[None]:
@@ -43,3 +38,20 @@ class Internals:
     def keep_loss(self, loss: Any) -> None:
         """Keep the loss for this step."""
         self.loss = loss
+
+
+@dataclasses.dataclass
+class Internals:
+    """The parts of an `OptaxOptimizer`.
+
+    Attributes:
+        recipe: How to get the transformation.
+        step: The compiled update, or None before building.
+        places: The places of the variables in the update, by Keras's keys.
+        call: What belongs to one step.
+    """
+
+    recipe: Recipe
+    step: Any = None
+    places: dict[Any, int] = dataclasses.field(default_factory=dict)
+    call: Call = dataclasses.field(default_factory=Call)

@@ -127,7 +127,7 @@ class OptaxOptimizer(RatedOptimizer):
         Raises:
             ValueError: If the transformation needs an argument that is missing. Nothing changes then.
         """
-        with self._own.arguments(extra_args):
+        with self._own.call.arguments(extra_args):
             super().apply(grads, trainable_variables)
 
     def apply_gradients(self, grads_and_vars: Any, **extra_args: Any) -> Any:
@@ -151,7 +151,7 @@ class OptaxOptimizer(RatedOptimizer):
                 f"{len(trainable_variables)}. If variables have been frozen or are trained again, call "
                 "`optimizer.build(model.trainable_variables)` again. It keeps the state of those that stay."
             )
-        with self._own.arguments(extra_args):
+        with self._own.call.arguments(extra_args):
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
@@ -160,9 +160,9 @@ class OptaxOptimizer(RatedOptimizer):
         # Keras may build the optimizer after this.
         needed = own.step.needed if own.step else ("value",)
         if "value" in needed and isinstance(loss, Tracer):
-            loss = tap(loss, own.keep_loss)
+            loss = tap(loss, own.call.keep_loss)
         elif "value" in needed:
-            own.keep_loss(keras.ops.stop_gradient(loss))
+            own.call.keep_loss(keras.ops.stop_gradient(loss))
         return super().scale_loss(loss)
 
     def _check_variables_are_known(self, variables: Sequence[keras.Variable]) -> None:
@@ -179,15 +179,15 @@ class OptaxOptimizer(RatedOptimizer):
     def _backend_apply_gradients(
         self, grads: Sequence[Tensor], trainable_variables: Sequence[keras.Variable]
     ) -> None:
-        own = self._own
+        call = self._own.call
         # Before Keras decays weights, so that an error leaves everything as it is.
-        own.extra = extra_arguments(own.extra, own.loss, own.step.needed)
-        own.is_applying = True
+        call.extra = extra_arguments(call.extra, call.loss, self._own.step.needed)
+        call.is_applying = True
         try:
             # Keras reads the learning rate in there, for its weight decay.
             super()._backend_apply_gradients(grads, trainable_variables)
         finally:
-            own.is_applying = False
+            call.is_applying = False
 
     def _backend_update_step(
         self,
@@ -207,7 +207,7 @@ class OptaxOptimizer(RatedOptimizer):
         if own.recipe.takes_rate:
             # A number would be compiled in, and each new one would compile the update again.
             rate = keras.ops.convert_to_tensor(value_of(learning_rate))
-        own.step(gradients, rate, own.extra)
+        own.step(gradients, rate, own.call.extra)
 
     # Saving.
 

@@ -51,7 +51,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
             ValueError: When it is read or set, if only the transformation knows it.
         """
         rate = self._get_current_learning_rate()
-        if rate is None and not self._own.is_applying:
+        if rate is None and not self._own.call.is_applying:
             raise self._unknown_rate("has no learning rate that could be read")
         return rate
 
