@@ -748,6 +748,25 @@ def test_another_thread_cannot_read_a_rate_that_does_not_exist():
     assert "has no learning rate that could be read" in str(errors[0])
 
 
+def test_a_schedule_is_compiled_once():
+    calls = []
+
+    def schedule(step):
+        calls.append(step)
+        return 0.1 / (1.0 + step)
+
+    variable = keras.Variable(np.zeros(2, "float32"), name="v")
+    optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=schedule)
+    optimizer.apply([keras.ops.ones(2)], [variable])
+    count = len(calls)
+    for _ in range(3):
+        optimizer.apply([keras.ops.ones(2)], [variable])
+    assert len(calls) == count
+    assert_close(to_numpy(variable.value), np.full(2, -0.1 * (1 + 1 / 2 + 1 / 3 + 1 / 4)))
+    optimizer.learning_rate = lambda step: 0.5 + 0.0 * step
+    assert float(to_numpy(optimizer.learning_rate)) == 0.5
+
+
 # Bad input.
 
 

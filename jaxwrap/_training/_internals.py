@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from jaxwrap._function import wrap_function
 from jaxwrap._training._transformation import Recipe
 
 
@@ -49,9 +50,20 @@ class Internals:
         step: The compiled update, or None before building.
         places: The places of the variables in the update, by Keras's keys.
         call: What belongs to one step.
+        schedule: The last Optax schedule that was asked, and the same on tensors.
     """
 
     recipe: Recipe
     step: Any = None
     places: dict[Any, int] = dataclasses.field(default_factory=dict)
     call: Call = dataclasses.field(default_factory=Call)
+    schedule: tuple[Any, Any] = (None, None)
+
+    def rate_at(self, schedule: Any, step: Any) -> Any:
+        """Return the learning rate of an Optax schedule, which computes in JAX, for a tensor."""
+        known, on_tensors = self.schedule
+        # Made once, as it is compiled once.
+        if known is not schedule:
+            on_tensors = wrap_function(schedule)
+            self.schedule = (schedule, on_tensors)
+        return on_tensors(step)

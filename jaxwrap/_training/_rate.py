@@ -7,7 +7,6 @@ from typing import Any
 import keras
 
 from jaxwrap._errors import door
-from jaxwrap._function import wrap_function
 from jaxwrap._serialization import deserialize, serialize
 from jaxwrap._training._internals import Internals
 from jaxwrap._training._printing import name_of, number_in
@@ -88,8 +87,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
             found = injected(state, lambda node: node.hyperparams.get("learning_rate"))
             return found[0] if len(found) == 1 else None
         if callable(rate) and not isinstance(rate, _KerasSchedule):
-            # An Optax schedule computes in JAX, and `iterations` is a tensor of the backend.
-            return wrap_function(rate)(keras.ops.cast(self._iterations, "int32"))
+            return self._own.rate_at(rate, keras.ops.cast(self._iterations, "int32"))
         return super()._get_current_learning_rate()
 
     def _follows_injected_schedule(self) -> bool:
