@@ -19,6 +19,8 @@ from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Stati
 
 # The roles of the arguments of a `PytreeFunction`.
 _ROLES = (Role.INPUT, Role.CONSTANT, Role.STATE)
+# A function that is called with ever new static values must not keep all that was compiled for them.
+_MAX_KEPT = 512
 
 
 def wrap_function(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,7 +94,7 @@ class PytreeFunction:
         self._prefix = f"{name}: " if name else ""
         self._platforms = platforms
         self._bridge = bridge or get_bridge()
-        self._bridged: dict[tuple[Structure, ...], BridgedFunction] = {}
+        self._bridged = functools.lru_cache(_MAX_KEPT)(self._bridge_for)
         self._opaque_call = self._bridge.opaque(self._call)
 
     def __call__(
@@ -104,18 +106,7 @@ class PytreeFunction:
     def _call(self, *trees: PyTree) -> tuple[PyTree, PyTree]:
         parts = [partition(tree, self._bridge.is_tensor) for tree in trees]
         structures = tuple(structure for _, structure in parts)
-        bridged = self._bridged.get(structures)
-        if bridged is None:
-            self._check_static(structures[0])
-            roles = tuple(
-                role for (tensors, _), role in zip(parts, _ROLES, strict=True) for _ in tensors
-            )
-            paths = [
-                *_paths(structures[0], self._argument),
-                *(path for structure in structures[1:] for path in structure.array_paths()),
-            ]
-            flat = _flatten(self._fn, structures, paths)
-            bridged = self._bridged[structures] = self._bridge.wrap(flat, roles, self._platforms)
+        bridged = self._bridged(structures)
         # At each call: the structure is the same for all shapes and dtypes.
         self._check_tensors(*parts[0])
         try:
@@ -126,6 +117,20 @@ class PytreeFunction:
             raise
         output_structure, aux_structure = static.value
         return output_structure.unflatten(outputs), aux_structure.unflatten(aux)
+
+    def _bridge_for(self, structures: tuple[Structure, ...]) -> BridgedFunction:
+        self._check_static(structures[0])
+        roles = tuple(
+            role
+            for structure, role in zip(structures, _ROLES, strict=True)
+            for _ in range(structure.array_count())
+        )
+        paths = [
+            *_paths(structures[0], self._argument),
+            *(path for structure in structures[1:] for path in structure.array_paths()),
+        ]
+        flat = _flatten(self._fn, structures, paths)
+        return self._bridge.wrap(flat, roles, self._platforms)
 
     def _check_tensors(self, tensors: list[Any], structure: Structure) -> None:
         dtypes = []

@@ -1,6 +1,8 @@
 """What is kept between calls to make them fast, and what must not be: aliases, traces, and the way around Keras."""
 
 import concurrent.futures
+import gc
+import weakref
 
 import flax.linen as nn
 import jax
@@ -305,3 +307,25 @@ def test_few_residuals_give_the_same_gradients(backend):
     np.testing.assert_allclose(to_numpy(floats[0]), expected_inputs, 1e-4, 1e-5)
     for one, two in zip(weights, jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(to_numpy(one), two, 1e-4, 1e-5)
+
+
+# What is kept for a layer, and not after it.
+
+
+def test_what_is_compiled_for_a_dropped_layer_goes_with_it(backend):
+    client = jax.devices()[0].client
+
+    def use():
+        """Call a new layer, and differentiate it where that is possible."""
+        layer = FlaxLayer(nn.Dense(8))
+        layer(tensor(4, 3))
+        alive = weakref.ref(layer)
+        if backend.name != "numpy":
+            backend.layer_vjp(layer, x(4, 3), True, [x(4, 8)])
+        del layer
+        gc.collect()
+        return alive() is not None, len(client.live_executables())
+
+    # The first ones compile what all layers share.
+    counts = [use() for _ in range(5)]
+    assert counts[2:] == [(False, counts[2][1])] * 3

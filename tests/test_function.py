@@ -274,6 +274,25 @@ def test_many_shapes_compile_once_each_and_nothing_outlives_the_function(backend
     assert alive() is None
 
 
+def test_static_values_do_not_add_up(backend, monkeypatch):
+    """What is compiled for ever new static values is dropped in its turn."""
+    monkeypatch.setattr("jaxwrap._function._MAX_KEPT", 4)
+
+    class Factor:
+        def __init__(self, value):
+            self.value = value
+
+    wrapped = jaxwrap.wrap_function(lambda x, factor: x * factor.value)
+    inputs, alive = backend.tensors(np.ones(3, "float32")), []
+    for number in range(12):
+        factor = Factor(number)
+        np.testing.assert_array_equal(to_numpy(wrapped(inputs, factor)), np.full(3, number))
+        alive.append(weakref.ref(factor))
+    del factor
+    gc.collect()
+    assert [one() is not None for one in alive] == [False] * 8 + [True] * 4
+
+
 def test_writing_to_an_output_changes_nothing_else(backend):
     constant = jnp.arange(3.0)
     given = np.arange(3.0, dtype="float32")

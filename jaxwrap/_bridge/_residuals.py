@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,11 @@ def _is_large(array: Any) -> bool:
 
 
 class Linearized:
-    """A flat function that returns its result, the residuals of its vjp, and the `Pullback` as `Static`."""
+    """A flat function that returns its result, the residuals of its vjp, and the place of the `Pullback` as `Static`.
+
+    Attributes:
+        pullbacks: The pullback of each trace.
+    """
 
     def __init__(self, fn: FlatFunction, wrt: tuple[int, ...], states: Sequence[int]):
         """Take the function.
@@ -58,6 +63,8 @@ class Linearized:
         self._fn = fn
         self._wrt = wrt
         self._states = states
+        self.pullbacks: list[Pullback] = []
+        self._lock = threading.Lock()
 
     def __call__(self, *arrays: Array) -> tuple[FlatResult, list[Array], Static]:
         restricted, primals = restrict(self._fn, self._wrt, arrays)
@@ -89,8 +96,12 @@ class Linearized:
                 places[index] = None
             elif places[index] is None:
                 residuals.append(jax.random.key_data(leaf) if index in keys else leaf)
-        pullback_of = Pullback(structure, places, keys)
-        return FlatResult(outputs, aux, static), residuals, Static(pullback_of)
+        # Two threads may trace at once, and `append` alone gives no place.
+        with self._lock:
+            self.pullbacks.append(Pullback(structure, places, keys))
+            place = len(self.pullbacks) - 1
+        # A number, since JAX's caches keep `Static`, and a pullback holds what is compiled for it.
+        return FlatResult(outputs, aux, static), residuals, Static(place)
 
 
 class Pullback:

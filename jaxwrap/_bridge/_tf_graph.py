@@ -58,11 +58,11 @@ def export_halves(
         The halves, or None if the backward half cannot tell what the unknown sizes are.
     """
     # No argument is state here: nobody overwrites the tensors of a graph.
-    linearized = jax.jit(Linearized(fn, wrt, ()))
-    forward = export(linearized, specs, platforms, STABLEHLO_VERSION)
+    linearized = Linearized(fn, wrt, ())
+    forward = export(jax.jit(linearized), specs, platforms, STABLEHLO_VERSION)
     exported = forward.exported
     result, residuals, static = jax.tree_util.tree_unflatten(exported.out_tree, exported.out_avals)
-    pullback = static.value
+    pullback = linearized.pullbacks[static.value]
     arguments = [
         *(exported.in_avals[index] for index in pullback.arguments),
         *residuals,

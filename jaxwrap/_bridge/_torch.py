@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import ALIGNMENT, Kept, host_copies
-from jaxwrap._bridge._residuals import Linearized
+from jaxwrap._bridge._residuals import Linearized, Pullback
 from jaxwrap._bridge._vjp import own_outputs, vjp, vjp_roles
 from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import check_dtype
@@ -147,7 +147,7 @@ class _Function:
         self._differentiable = [i for i, role in enumerate(roles) if role.differentiable]
         self._states = [i for i, role in enumerate(roles) if role is Role.STATE]
         self._plain = jax.jit(own_outputs(fn))
-        self._linearized: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._linearized: dict[tuple[int, ...], tuple[Callable[..., Any], list[Pullback]]] = {}
         self._vjps: dict[tuple[tuple[int, ...], int], _Function] = {}
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
@@ -193,9 +193,10 @@ class _Function:
         """Return the result as JAX arrays, the residuals, and their `Pullback`."""
         if wrt not in self._linearized:
             linearized = Linearized(own_outputs(self._fn), wrt, self._states)
-            self._linearized[wrt] = jax.jit(linearized)
-        result, residuals, static = self._linearized[wrt](*self.arrays(tensors))
-        return result, residuals, static.value
+            self._linearized[wrt] = (jax.jit(linearized), linearized.pullbacks)
+        jitted, pullbacks = self._linearized[wrt]
+        result, residuals, static = jitted(*self.arrays(tensors))
+        return result, residuals, pullbacks[static.value]
 
     def _call_recorded(self, wrt: tuple[int, ...], tensors: tuple[Tensor, ...]) -> FlatResult:
         counted: list[Any] = []
