@@ -26,6 +26,11 @@ def value_of(rate: Any) -> Any:
     return rate.value if isinstance(rate, keras.Variable) else rate
 
 
+def _is_schedule(rate: Any) -> bool:
+    # With `KERAS_NNX_ENABLED` variables are callable as well.
+    return callable(rate) and not isinstance(rate, keras.Variable)
+
+
 class RatedOptimizer(keras.optimizers.Optimizer):
     """An optimizer that knows its learning rate, or finds it in the state of its transformation."""
 
@@ -62,7 +67,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
             variable = self._rate_in(self.state)
             if variable is None:
                 raise self._unknown_rate("has no learning rate that could be set")
-            if callable(value) or self._follows_injected_schedule():
+            if _is_schedule(value) or self._follows_injected_schedule():
                 raise ValueError(
                     f"received learning_rate={value!r}. The learning rate is a hyperparameter of the "
                     "transformation, which takes numbers only, and none if it was made with a schedule. Pass the "
@@ -70,7 +75,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
                 )
             variable.assign(value)
             return
-        if callable(current) and not callable(value):
+        if _is_schedule(current) and not _is_schedule(value):
             raise TypeError(
                 f"received learning_rate={value!r}, but the learning rate follows the schedule "
                 f"{current!r}. Set another schedule, or make the optimizer with a number."
@@ -86,7 +91,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
         if rate is _unknown:
             found = injected(state, lambda node: node.hyperparams.get("learning_rate"))
             return found[0] if len(found) == 1 else None
-        if callable(rate) and not isinstance(rate, _KerasSchedule):
+        if _is_schedule(rate) and not isinstance(rate, _KerasSchedule):
             return self._own.rate_at(rate, keras.ops.cast(self._iterations, "int32"))
         return super()._get_current_learning_rate()
 
@@ -109,7 +114,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
             return None
         if isinstance(rate, _KerasSchedule):
             return keras.optimizers.schedules.serialize(rate)
-        if callable(rate):
+        if _is_schedule(rate):
             return serialize(rate, "learning_rate")
         return float(keras.ops.convert_to_numpy(value_of(rate)))  # pyright: ignore[reportArgumentType]
 
