@@ -35,6 +35,9 @@ class Calls:
         layer: The layer.
         engine: Its parts.
         base: The class whose `call` a subclass may override. Then Keras must call it.
+
+    Attributes:
+        signed: The method `call` with the signature of the model, unless a subclass overrides it.
     """
 
     def __init__(self, layer: Any, engine: Engine, base: type):
@@ -43,11 +46,10 @@ class Calls:
         self._is_direct = type(layer).call is base.call
         # By thread: `compute_mask` comes right after a call, and two threads may call one layer.
         self._last = threading.local()
+        self.signed: Callable[..., Any] | None = None
         if self._is_direct:
-            # Keras learns from its signature what a layer takes.
-            call = _with_signature(functools.partial(base.call, layer), engine.inputs.signature)
-            # Past Keras, whose constructor has not run yet.
-            object.__setattr__(layer, "call", call)
+            call = functools.partial(base.call, layer)
+            self.signed = _with_signature(call, engine.inputs.signature)
 
     def enter(self, keras_call: Callable[..., Any], args: Args, kwargs: Kwargs) -> PyTree:
         """Pass a call on to Keras, or take the short way around it.

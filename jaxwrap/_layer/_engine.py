@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -65,6 +66,24 @@ class Engine:
         self._layer = layer
         self._pending: dict[str, PyTree] | None = None
 
+    def copied_to(self, layer: Any, find: Callable[[keras.Variable], keras.Variable]) -> Engine:
+        """Return the engine of another layer object with the same model.
+
+        Args:
+            layer: The layer.
+            find: Returns its variable for one of this layer.
+        """
+        other = copy.copy(self)
+        other._layer = layer
+        other.seeds = self.seeds.copied(find)
+        other.reports = self.reports.copied_to(layer, find)
+        if self.weights is not None:
+            other.weights = self.weights.copied(find)
+        if self.program is not None:
+            generators = tuple(other.seeds.generators.values())
+            other.program = self.program.copied(other.built_weights(), generators)
+        return other
+
     def attach(self, params: PyTree, state: PyTree) -> None:
         """Make what a layer has before it is built: its generators, and variables of values that exist.
 
@@ -76,6 +95,8 @@ class Engine:
         self.seeds.create(layer)
         # Set on the layer, because Keras does not look into the engine.
         layer.seed_generator, layer.stream_generators = None, []
+        # Past Keras, which finds them in the generators. NNX looks into lists of variables only.
+        object.__setattr__(layer, "_seed_states", list(self.seeds.states().values()))
         if self.adapter.draws == "in training":
             self._attach_seeds()
         self.has_values = params is not None or state is not None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import keras
 
-from jaxwrap._bridge import get_bridge
 from jaxwrap._errors import describe, door, naming
 from jaxwrap._layer import _config
 from jaxwrap._layer._adapter import Adapter
-from jaxwrap._layer._calls import Calls
 from jaxwrap._layer._engine import Engine
 from jaxwrap._layer._functions import Functions, as_adapter
 from jaxwrap._layer._options import Options, check_flags
+from jaxwrap._layer._parts import HasParts, Parts, SignedCall, parts_of
 from jaxwrap._layer._shapes import masks_for
 from jaxwrap._layer._signature import AUTO
 from jaxwrap._typing import PyTree
@@ -24,7 +22,7 @@ from jaxwrap._weights._table import WeightTable
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
-class JaxLayer(keras.layers.Layer):
+class JaxLayer(keras.layers.Layer, HasParts):
     """A Keras layer that computes a pure JAX function, on every Keras backend.
 
     The contract is that of `keras.layers.JaxLayer`. `call_fn` takes any of these arguments, by name:
@@ -111,17 +109,18 @@ class JaxLayer(keras.layers.Layer):
             adapter = as_adapter(call_fn, init_fn, *options_of_call, params, state)
             engine = Engine(self, adapter, Rules(rules), options)
             # Before Keras's constructor, which reads the signature of `call`.
-            calls = Calls(self, engine, JaxLayer)
+            Parts(self, engine, JaxLayer).attach()
             super().__init__(**kwargs)
             self.supports_masking = supports_masking
             self.update_state_in_inference = update_state_in_inference
             self.adapter = adapter
             self.call_fn = getattr(adapter, "call_fn", adapter.call)
             self.init_fn = getattr(adapter, "init_fn", adapter.init)
-            self._engine, self._calls = engine, calls
-            # AutoGraph would rewrite the Python code below, and `torch.compile` trace it.
-            self._enter = get_bridge().opaque(functools.partial(calls.enter, super().__call__))
             engine.attach(params, state)
+
+    @property
+    def _engine(self) -> Engine:
+        return parts_of(self).engine
 
     # Seeds, as in `keras.layers.JaxLayer`.
 
@@ -240,16 +239,17 @@ class JaxLayer(keras.layers.Layer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> PyTree:
         """Call the layer, as every Keras layer is called."""
-        return self._enter(args, kwargs)
+        return parts_of(self).enter(args, kwargs)
 
-    def call(self, *args: Any, **kwargs: Any) -> PyTree:
+    @SignedCall
+    def call(self, *args: Any, **kwargs: Any) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Call the model with its arguments and `training`. Assigns the new state, unless an error is raised."""
-        return self._calls.call(args, kwargs)
+        return parts_of(self).calls.call(args, kwargs)
 
     @door
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> PyTree:
         """Return a `keras.KerasTensor` for each output, by `jax.eval_shape`. No user code runs on data."""
-        return self._calls.symbolic(args, kwargs)
+        return parts_of(self).calls.symbolic(args, kwargs)
 
     @door
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -258,7 +258,7 @@ class JaxLayer(keras.layers.Layer):
 
     def compute_mask(self, inputs: PyTree, previous_mask: PyTree) -> PyTree:
         """Return for each output the mask of the inputs, if it has the mask's axes, or None."""
-        return masks_for(self._calls.last_shapes(), previous_mask)
+        return masks_for(parts_of(self).calls.last_shapes(), previous_mask)
 
     # Saving.
 

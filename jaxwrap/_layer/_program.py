@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -156,10 +157,10 @@ class _Order:
 
 
 class _Function(NamedTuple):
-    """A bridged function, and the order of its tensors."""
+    """A bridged function, and whether it takes the seeds."""
 
     bridged: BridgedFunction
-    order: _Order
+    has_seeds: bool
 
 
 class Program:
@@ -199,6 +200,13 @@ class Program:
         self._platforms = platforms
         self._orders = {True: _Order(weights, generators), False: _Order(weights, ())}
 
+    def copied(self, weights: Weights, generators: Sequence[Generator]) -> Program:
+        """Return the same calls with other variables. Both share their plans, and so what is compiled."""
+        # Functions ask `_weights` for structures, and `_draw_keys` draws from `_generators`: those of the first stay.
+        other = copy.copy(self)
+        other._orders = {True: _Order(weights, generators), False: _Order(weights, ())}
+        return other
+
     def add(
         self, kind: Any, structure: Structure, places: Sequence[int], training: bool | None
     ) -> Plan:
@@ -219,7 +227,8 @@ class Program:
         function = plan.functions.get(key)
         if function is None:
             function = plan.functions[key] = self._bridge(plan.structure, *key)
-        flowing, kept, static = function.bridged(*function.order.values(), *fed)
+        values = self._orders[function.has_seeds].values()
+        flowing, kept, static = function.bridged(*values, *fed)
         outcome: Outcome = static.value
         outputs, loss = outcome.flowing.unflatten(flowing)
         state, metrics = outcome.kept.unflatten(kept)
@@ -230,10 +239,11 @@ class Program:
         if arguments == self._built_for:
             draws = self._draws.training if training else self._draws.inference
         # A call that does not draw takes no seeds, so that no graph of TensorFlow captures them.
-        order = self._orders[draws is not False]
+        has_seeds = draws is not False
+        order = self._orders[has_seeds]
         roles = order.roles(trained, arguments.array_count())
         flat = self._flat_function(arguments, training, order, draws)
-        return _Function(get_bridge().wrap(flat, roles, self._platforms), order)
+        return _Function(get_bridge().wrap(flat, roles, self._platforms), has_seeds)
 
     def _flat_function(
         self, arguments: Structure, training: bool, order: _Order, draws: bool | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -37,6 +38,12 @@ class RunningMean:
                 for part in ("total", "count")
             )
         self.metric = _Reader(f"{layer.name}/{name}", self.variables)
+
+    def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> RunningMean:
+        """Return a mean in the variables that `find` returns, read by the same metric."""
+        other = copy.copy(self)
+        other.variables = tuple(map(find, self.variables))
+        return other
 
     def update(self, value: Tensor) -> None:
         """Add a value, a scalar tensor."""
@@ -90,6 +97,16 @@ class Reports:
         self._trace = trace
         self._means: dict[str, RunningMean] | None = None
         self._failure: Exception | None = None
+
+    def copied_to(
+        self, layer: keras.layers.Layer, find: Callable[[keras.Variable], keras.Variable]
+    ) -> Reports:
+        """Return the means of another layer object, with the variables that `find` returns."""
+        other = copy.copy(self)
+        other._layer = layer
+        if self._means is not None:
+            other._means = {name: mean.copied(find) for name, mean in self._means.items()}
+        return other
 
     def means(self) -> dict[str, RunningMean]:
         """Return the means by name. After a trace that fails, the next call traces again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,14 @@ class Seeds:
         """Return the variable of each generator."""
         return {name: generator.state for name, generator in self.generators.items()}
 
+    def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Seeds:
+        """Return the same seeds, with generators whose states are the variables that `find` returns."""
+        other = copy.copy(self)
+        other.generators = {
+            name: generator.copied(find) for name, generator in self.generators.items()
+        }
+        return other
+
     def restart(self) -> None:
         """Begin the draws of initial values. All traces of `init` draw the same ones."""
         self._init_draws = 0
@@ -137,6 +146,14 @@ class Generator(keras.random.SeedGenerator):
     def __init__(self, seed: int, name: str):
         super().__init__(seed, name=name)
         self._steps: dict[int, Tensor] = {}
+
+    def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Generator:
+        """Return a generator whose state is the variable that `find` returns."""
+        # Keras copies by a config.
+        other = object.__new__(Generator)
+        vars(other).update(vars(self), _steps={})
+        other.state = find(self.state)
+        return other
 
     def next(self, ordered: bool = True) -> Tensor:
         """Return a new seed, of shape (2,)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +65,14 @@ class Leaves:
         for place, part in zip(places, initials, strict=True):
             leaves[place].variables = tuple(itertools.islice(made, len(part)))
         return cls(structure, leaves, places)
+
+    def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Leaves:
+        """Return the same leaves, with the variables that `find` returns."""
+        leaves = [
+            dataclasses.replace(leaf, variables=tuple(map(find, leaf.variables)))
+            for leaf in self.leaves
+        ]
+        return Leaves(self.structure, leaves, self._order)
 
     def decode(self, arrays: Sequence[Array]) -> PyTree:
         """Return the user's pytree, as JAX functions take it, from the values of the variables."""

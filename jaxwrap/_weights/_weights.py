@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -95,6 +96,13 @@ class Weights:
         )
         for leaf in self.leaves:
             leaf.obey(leaf.rule)
+
+    def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Weights:
+        """Return the same leaves, with the variables that `find` returns."""
+        other = copy.copy(self)
+        other.params, other.state = self.params.copied(find), self.state.copied(find)
+        other.leaves = [*other.params.leaves, *other.state.leaves]
+        return other
 
     @property
     def variables(self) -> list[keras.Variable]:
