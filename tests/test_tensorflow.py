@@ -1,5 +1,8 @@
 """What a layer puts into a TensorFlow graph."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,3 +200,52 @@ def test_a_layer_in_a_vectorized_map_trains():
     model.fit(inputs, targets, batch_size=8, verbose=0)
     gradient = jax.grad(lambda w: ((inputs @ w - targets) ** 2).mean())(before)
     np.testing.assert_allclose(to_numpy(layer.params.value), before - 0.1 * gradient, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_graph_that_is_dropped_takes_the_layer_with_it(watched):
+    """TensorFlow's own `custom_gradient` keeps in a table of the process what is in the graph."""
+    from tensorflow.python.framework import ops
+
+    names = set(ops.gradient_registry.list())
+
+    def use():
+        layer = JaxLayer(lambda params, inputs: jnp.sin(inputs @ params), params=x(3, 2))
+        layer.build((None, 3))
+        step, _ = steps(layer, (4, 3), watched)
+        step(x(4, 3))
+        assert set(ops.gradient_registry.list()) - names
+        return weakref.ref(layer), weakref.ref(layer.adapter.call_fn)
+
+    alive = use()
+    for _ in range(5):  # graphs go first, one after the other, and then what they held
+        gc.collect()
+    assert [one() for one in alive] == [None, None]
+    assert set(ops.gradient_registry.list()) <= names
+
+
+def test_a_gradient_outlives_the_python_function_of_its_graph():
+    """As long as something can differentiate the graph, also where it is copied into another one."""
+    import tensorflow as tf
+
+    fn = wrap_function(lambda x: jnp.sin(x) * x)
+    rows = x(4)
+    expected = jax.grad(lambda x: (jnp.sin(x) * x).sum())(rows)
+
+    @tf.function
+    def outer(inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = tf.cond(inputs[0] < 1e6, lambda: tf.function(fn)(inputs), lambda: inputs)
+            gc.collect()
+        return tape.gradient(outputs, inputs)
+
+    np.testing.assert_allclose(outer(tf.constant(rows)), expected, 1e-4, 1e-5)
+
+    looped = tf.function(lambda inputs: tf.map_fn(tf.function(fn), inputs))
+    with tf.GradientTape() as tape:
+        inputs = tf.constant(rows)
+        tape.watch(inputs)
+        outputs = looped(inputs)
+        gc.collect()
+    np.testing.assert_allclose(tape.gradient(outputs, inputs), expected, 1e-4, 1e-5)

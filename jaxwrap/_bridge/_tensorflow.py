@@ -17,6 +17,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import host_copies
 from jaxwrap._bridge._stablehlo import Artifact, Shape, export
+from jaxwrap._bridge._tf_gradients import custom_gradient
 from jaxwrap._bridge._tf_graph import (
     STABLEHLO_VERSION,
     Halves,
@@ -110,7 +111,7 @@ class _Function:
         # `tf.custom_gradient` lets nothing but tensors out. The structure takes this way.
         known: list[Any] = []
 
-        @tf.custom_gradient
+        @custom_gradient
         def recorded(*chosen: Tensor) -> tuple[list[Tensor], Any]:
             merged = list(tensors)
             for index, tensor in zip(wrt, chosen, strict=True):
@@ -174,7 +175,7 @@ class _Function:
     ) -> tuple[FlatResult, Callable[[list[Tensor]], Sequence[Tensor]]]:
         result, residuals, _ = call_module(halves.forward, tensors)
 
-        @tf.custom_gradient
+        @custom_gradient
         def pulled(*parts: Tensor) -> tuple[Sequence[Tensor], Any]:
             received = parts[len(wrt) :]
             arguments = [tensors[index] for index in halves.arguments]
