@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gc
+import sys
 import weakref
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from backends import to_numpy
 from models import x
 
 from jaxwrap import CallResult, FlaxLayer, JaxLayer
+from jaxwrap._pytree import is_array, partition
 
 
 def tensor(*shape, seed=0):
@@ -310,6 +312,28 @@ def test_few_residuals_give_the_same_gradients(backend):
 
 
 # What is kept for a layer, and not after it.
+
+
+def test_threads_make_plans_for_ever_new_values(monkeypatch):
+    monkeypatch.setattr("jaxwrap._layer._program._MAX_PLANS", 16)
+    layer = JaxLayer(lambda inputs, n: inputs * n, call_arguments=("inputs", "n"))
+    layer(tensor(3), n=1)
+    program = layer._engine.program
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def add(thread):
+        for number in range(200):
+            _, structure = partition({"inputs": x(3), "n": (thread, number)}, is_array)
+            program.add((thread, number), structure, [0], False)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(add, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(program.plans) < 16 + 8
+    np.testing.assert_array_equal(to_numpy(layer(tensor(3), n=2)), 2 * x(3))
 
 
 def test_what_is_compiled_for_a_dropped_layer_goes_with_it(backend):

@@ -212,10 +212,12 @@ class Program:
     ) -> Plan:
         """Make the plan for a kind of call."""
         # JAX itself tells the dtypes and shapes of one structure apart. To share saves a second compilation.
-        alike = (plan.functions for plan in self.plans.values() if plan.structure == structure)
+        # Of lists, since other threads may add plans meanwhile.
+        plans = list(self.plans.values())
+        alike = (plan.functions for plan in plans if plan.structure == structure)
         plan = Plan(structure, places, training, next(alike, {}))
         if len(self.plans) >= _MAX_PLANS:
-            self.plans.pop(next(iter(self.plans)))
+            self.plans.pop(next(iter(list(self.plans))), None)
         self.plans[kind] = plan
         return plan
 
