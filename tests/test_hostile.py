@@ -20,6 +20,7 @@ import jax
 import keras
 import models
 import numpy as np
+import optax
 import pytest
 from backends import to_numpy
 from hypothesis import given, settings
@@ -766,4 +767,22 @@ def test_files_that_claim_more_than_they_hold(kind, tmp_path):
     tracemalloc.stop()
     assert peak < 2**24
     for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(to_numpy(variable.value), value)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("more", [True, False])
+def test_an_optimizer_refuses_a_path_that_is_listed_twice(more):
+    """As many paths as it has variables, or one more: files of other models only warn."""
+    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=0.1, name="listed")
+    optimizer.build([keras.Variable(np.ones(2, "float32"), name="w")])
+    store = {}
+    optimizer.save_own_variables(store)
+    optimizer.load_own_variables(store)
+    listed = bytes(store["paths"]).decode().split("\n")
+    twice = "\n".join([*(listed if more else listed[1:]), listed[-1]]).encode()
+    before = [to_numpy(variable.value) for variable in optimizer.variables]
+    with pytest.raises(ValueError, match=r"OptaxOptimizer 'listed': .*more than once"):
+        optimizer.load_own_variables({**store, "paths": np.frombuffer(twice, "uint8")})
+    for variable, value in zip(optimizer.variables, before, strict=True):
         np.testing.assert_array_equal(to_numpy(variable.value), value)

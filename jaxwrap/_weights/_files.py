@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,13 +94,7 @@ def _entries(store: Any, in_order: Sequence[str]) -> dict[str, tuple[str, Any]]:
         by_number = {str(number): path for number, path in enumerate(in_order)}
         keys = {by_number.get(key, str(key)): key for key in list(store.keys())}
     else:
-        paths = stored_paths(store)
-        if twice := sorted({path for path in paths if paths.count(path) > 1})[:5]:
-            raise ValueError(
-                f"the file lists {', '.join(twice)} more than once. No weight has been changed. The file is damaged. "
-                "Use another copy."
-            )
-        keys = {path: path for path in paths if path in store}
+        keys = {path: path for path in stored_paths(store) if path in store}
     return {path: (key, _unread(store, key)) for path, key in keys.items()}
 
 
@@ -139,14 +134,24 @@ def _problems(
 
 
 def stored_paths(store: Any) -> list[str]:
-    """Return the paths in a file, as they were written. In a file of Keras's own layers, the numbers."""
+    """Return the paths in a file, as they were written. In a file of Keras's own layers, the numbers.
+
+    Raises:
+        ValueError: If the file lists a path twice.
+    """
     if _PATHS not in store:
         return sorted(map(str, store.keys()), key=lambda key: (len(key), key))
     listed = _unread(store, _PATHS)
     if listed.size > _MOST_PATHS:
         raise ValueError(f"the list of paths in the file has {listed.size:,} bytes. It is damaged.")
     names = np.asarray(listed).tobytes().decode(errors="replace").split("\n")
-    return [path for path in names if path]
+    paths = [path for path in names if path]
+    if twice := sorted(path for path, count in Counter(paths).items() if count > 1)[:5]:
+        raise ValueError(
+            f"the file lists {', '.join(twice)} more than once. No weight has been changed. The file is damaged. "
+            "Use another copy."
+        )
+    return paths
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> int:

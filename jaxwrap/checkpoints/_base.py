@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxwrap._typing import PyTree
 from jaxwrap.checkpoints._plan import Entry
+
+_Value = TypeVar("_Value")
 
 
 class OpenFile(NamedTuple):
@@ -39,7 +42,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def open(self, path: pathlib.Path, tree: PyTree) -> contextlib.AbstractContextManager[OpenFile]:
-        """List the arrays of a file, without their values if the format allows that.
+        """List the arrays of a file, without reading their values.
 
         Raises:
             Exception: Any, if the file is damaged.
@@ -52,6 +55,54 @@ class Format(abc.ABC):
         Raises:
             ValueError: If the format cannot hold a dtype or a name.
         """
+
+
+class FileFormat(Format):
+    """A format of single files. A file is opened once, so a new one in its place changes nothing."""
+
+    @abc.abstractmethod
+    def index(self, file: BinaryIO, tree: PyTree) -> OpenFile:
+        """See `open`. The file is at its beginning, and stays open."""
+
+    @contextlib.contextmanager
+    def open(self, path: pathlib.Path, tree: PyTree) -> Iterator[OpenFile]:
+        """See the base class."""
+        with path.open("rb") as file:
+            before = version(os.fstat(file.fileno()))
+            entries, read = self.index(file, tree)
+
+            def checked(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+                for item in read(names):
+                    # Libraries write over a file in place.
+                    check_version(before, os.fstat(file.fileno()))
+                    yield item
+
+            yield OpenFile(entries, checked)
+
+
+def version(stat: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file or a directory is written, or replaced by another."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def check_version(before: tuple[int, ...], stat: os.stat_result) -> None:
+    """Raise ValueError if a file or a directory has another version than before."""
+    if version(stat) != before:
+        raise ValueError("it was written or replaced while it was read.")
+
+
+def unique(pairs: Iterable[tuple[str, _Value]]) -> dict[str, _Value]:
+    """Make a dict of pairs.
+
+    Raises:
+        ValueError: If a name comes twice. Readers differ in which of the two they take.
+    """
+    values: dict[str, _Value] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"it holds the name {name!r} twice.")
+        values[name] = value
+    return values
 
 
 def nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

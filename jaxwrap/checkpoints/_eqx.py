@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -12,49 +12,47 @@ import numpy as np
 
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._leaf import LeafPath
-from jaxwrap.checkpoints._base import Format, OpenFile
+from jaxwrap.checkpoints._base import FileFormat, OpenFile
 from jaxwrap.checkpoints._npz import read_header
 from jaxwrap.checkpoints._plan import Entry
 
 
-class Eqx(Format):
+class Eqx(FileFormat):
     """Notes where each array begins, and reads it later."""
 
     library = distribution = "equinox"
 
-    @contextlib.contextmanager
-    def open(self, path: pathlib.Path, tree: PyTree) -> Iterator[OpenFile]:
+    def index(self, file: BinaryIO, tree: PyTree) -> OpenFile:
         """See the base class."""
         import equinox as eqx
 
         places: dict[str, int] = {}
         entries: dict[str, Entry] = {}
-        size = path.stat().st_size
+        size = os.fstat(file.fileno()).st_size
 
         def skip(file: BinaryIO, leaf: Any) -> Any:
             if not isinstance(leaf, LeafPath):
                 # Numbers that are not weights are in the file too.
                 eqx.default_deserialise_filter_spec(file, leaf)
                 return leaf
-            places[leaf.path] = file.tell()
-            entries[leaf.path], length = read_header(file, size - file.tell(), leaf.path)
-            file.seek(length, 1)
+            places[leaf.path] = start = file.tell()
+            entries[leaf.path], length = read_header(file, size - start, leaf.path)
+            file.seek(start + length)
             return leaf
 
-        with path.open("rb") as file:
-            eqx.tree_deserialise_leaves(file, tree, filter_spec=skip)
-            # Without names, only the length tells the file of another module.
-            if file.tell() != size:
-                raise ValueError("it holds more than the layer has leaves.")
+        eqx.tree_deserialise_leaves(file, tree, filter_spec=skip)
+        # Without names, only the length tells the file of another module.
+        if file.tell() != size:
+            raise ValueError("it holds more than the layer has leaves.")
 
-            def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-                for name in names:
-                    file.seek(places[name])
-                    array = np.load(file, allow_pickle=False)
-                    # NumPy's format has no name for bfloat16.
-                    yield name, array.view(jnp.bfloat16) if array.dtype == "V2" else array
+        def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+            for name in names:
+                file.seek(places[name])
+                array = np.load(file, allow_pickle=False)
+                # NumPy's format has no name for bfloat16.
+                yield name, array.view(jnp.bfloat16) if array.dtype == "V2" else array
 
-            yield OpenFile(entries, read)
+        return OpenFile(entries, read)
 
     def write(self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree) -> None:
         """See the base class."""

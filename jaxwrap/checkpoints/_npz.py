@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import pathlib
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from jaxwrap._typing import PyTree
-from jaxwrap.checkpoints._base import Format, OpenFile
+from jaxwrap.checkpoints._base import FileFormat, OpenFile, unique
 from jaxwrap.checkpoints._plan import Entry
 
+# NumPy takes no longer head, but reads it first. One may be packed to a thousandth.
+_MOST_HEAD = 12 + 10_000
 
-class Npz(Format):
+
+class Npz(FileFormat):
     """Reads without pickle, and allocates no more than the file holds."""
 
-    @contextlib.contextmanager
-    def open(self, path: pathlib.Path, tree: PyTree) -> Iterator[OpenFile]:
+    def index(self, file: BinaryIO, tree: PyTree) -> OpenFile:
         """See the base class."""
-        with zipfile.ZipFile(path) as archive:
-            entries = {}
-            for info in archive.infolist():
-                with archive.open(info) as member:
-                    entry, _ = read_header(member, info.file_size, info.filename)
-                entries[info.filename.removesuffix(".npy")] = entry
+        archive = zipfile.ZipFile(file)
+        members = unique((m.filename.removesuffix(".npy"), m) for m in archive.infolist())
+        entries = {}
+        for name, info in members.items():
+            with archive.open(info) as member:
+                entries[name], _ = read_header(member, info.file_size, info.filename)
 
-            def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-                for name in names:
-                    with archive.open(f"{name}.npy") as member:
-                        yield name, np.lib.format.read_array(member, allow_pickle=False)
+        def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+            for name in names:
+                with archive.open(members[name]) as member:
+                    yield name, np.lib.format.read_array(member, allow_pickle=False)
 
-            yield OpenFile(entries, read)
+        return OpenFile(entries, read)
 
     def write(self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree) -> None:
         """See the base class."""
@@ -48,7 +50,7 @@ class Npz(Format):
 
 
 def read_header(file: Any, available: int, name: str) -> tuple[Entry, int]:
-    """Read the head of an array in NumPy's format: its shape and dtype, and the number of bytes that follow.
+    """Read the head of an array in NumPy's format: its shape and dtype, and the number of bytes with the head.
 
     Args:
         file: The file, at the beginning of the array.
@@ -58,18 +60,19 @@ def read_header(file: Any, available: int, name: str) -> tuple[Entry, int]:
     Raises:
         ValueError: If it is not an array of numbers, or claims to be longer than the file.
     """
-    version = np.lib.format.read_magic(file)
+    head = io.BytesIO(file.read(_MOST_HEAD))
+    version = np.lib.format.read_magic(head)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     if version not in readers:
         raise ValueError(f"{name} is of version {version} of NumPy's format; expected 1 or 2.")
-    shape, _, dtype = readers[version](file)
+    shape, _, dtype = readers[version](head)
     # Equinox writes bfloat16, for which NumPy's format has no name.
     numbers = dtype.kind in "biufc" or dtype == "V2"
     # Python integers, which do not overflow.
-    length = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    length = head.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
     if not numbers or min(shape, default=0) < 0 or length > available:
         raise ValueError(
             f"{name} claims to be {dtype} of shape {shape}; expected numbers, of at most {available} bytes."

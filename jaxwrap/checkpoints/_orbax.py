@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxwrap._pytree import path_str
 from jaxwrap._typing import PyTree
-from jaxwrap.checkpoints._base import Format, OpenFile, nested
+from jaxwrap.checkpoints._base import Format, OpenFile, check_version, nested, unique, version
 from jaxwrap.checkpoints._plan import Entry
 
 # Restore this much at once. Thousands of small arrays, one by one, would take long.
@@ -34,14 +35,15 @@ class Orbax(Format):
         # Orbax takes only absolute paths. Its standard checkpointer restores all or nothing.
         path = path.absolute()
         with (
+            _same(path) as check,
             ocp.StandardCheckpointer() as standard,
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
         ):
             metadata = standard.metadata(path).item_metadata.tree
-            entries = {
-                name: Entry(tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
-                for name, leaf in _flat(metadata).items()
-            }
+            entries = unique(
+                (name, Entry(tuple(leaf.shape), jnp.dtype(leaf.dtype).name))
+                for name, leaf in _flat(metadata)
+            )
             # Otherwise Orbax asks for the devices that wrote the file.
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
 
@@ -54,7 +56,8 @@ class Orbax(Format):
                         metadata,
                     )
                     arguments = ocp.args.PyTreeRestore(item=item, restore_args=kinds)
-                    restored = _flat(checkpointer.restore(path, args=arguments))
+                    restored = dict(_flat(checkpointer.restore(path, args=arguments)))
+                    check()
                     for name in batch:
                         # Popped, so that each array can be freed as soon as it is assigned.
                         yield name, restored.pop(name)
@@ -69,6 +72,18 @@ class Orbax(Format):
             checkpointer.save(path.absolute(), nested(arrays))
             # Orbax writes in the background, and the directory is renamed next.
             checkpointer.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _same(path: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Give a check that the directory is still the same. Orbax opens its files by their names, time and again."""
+    # Held open, it keeps its number, which no other directory gets.
+    held = os.open(path, os.O_RDONLY)
+    before = version(os.fstat(held))
+    try:
+        yield lambda: check_version(before, path.stat())
+    finally:
+        os.close(held)
 
 
 def _batches(entries: Mapping[str, Entry], most: int) -> Iterator[set[str]]:
@@ -86,5 +101,5 @@ def _batches(entries: Mapping[str, Entry], most: int) -> Iterator[set[str]]:
         yield batch
 
 
-def _flat(tree: PyTree) -> dict[str, Any]:
-    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _flat(tree: PyTree) -> list[tuple[str, Any]]:
+    return [(path_str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
+import math
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxwrap._typing import PyTree
-from jaxwrap.checkpoints._base import Format, OpenFile
+from jaxwrap.checkpoints._base import FileFormat, OpenFile, unique
 from jaxwrap.checkpoints._plan import Entry
 
-_DTYPES = {
+_DTYPES: dict[str, str] = {
     "BOOL": "bool",
     "BF16": "bfloat16",
     "C64": "complex64",
@@ -22,30 +25,35 @@ _DTYPES = {
 }
 
 
-class Safetensors(Format):
-    """Reads through the library, which checks the header."""
+class Safetensors(FileFormat):
+    """Reads the parts of a file that the header names, after the library has checked the header."""
 
     library = distribution = "safetensors"
 
-    @contextlib.contextmanager
-    def open(self, path: pathlib.Path, tree: PyTree) -> Iterator[OpenFile]:
+    def index(self, file: BinaryIO, tree: PyTree) -> OpenFile:
         """See the base class."""
         from safetensors import safe_open
 
-        entries = {}
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                part = file.get_slice(name)
-                dtype = str(part.get_dtype())
-                entries[name] = Entry(tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
+        # Its own arrays would stay in memory as long as the file is open. And it opens the file again: by this name,
+        # the same one, whatever is in its place by now.
+        with safe_open(f"/dev/fd/{file.fileno()}", framework="np"):
+            pass
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(start - 8), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        entries = {
+            name: Entry(tuple(part["shape"]), _DTYPES.get(part["dtype"], part["dtype"]))
+            for name, part in header.items()
+        }
 
         def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
             for name in names:
-                # An open file keeps in memory all that has been read of it. So open it for each array.
-                with safe_open(path, framework="np") as file:
-                    yield name, np.asarray(file.get_tensor(name))
+                shape, dtype = entries[name]
+                file.seek(start + header[name]["data_offsets"][0])
+                data = file.read(math.prod(shape) * jnp.dtype(dtype).itemsize)
+                yield name, np.frombuffer(data, jnp.dtype(dtype)).reshape(shape)
 
-        yield OpenFile(entries, read)
+        return OpenFile(entries, read)
 
     def write(self, path: pathlib.Path, arrays: Mapping[str, np.ndarray], tree: PyTree) -> None:
         """See the base class."""
