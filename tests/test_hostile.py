@@ -386,12 +386,29 @@ def test_deep_configs(kind, depth, tmp_path):
         keras.models.load_model(path)
 
 
+PATTERNS = [
+    "(a+)+b",
+    "(.*a){30}b",
+    ".*.*.*.*.*.*.*.*.*.*.*x",
+    "(a|aa)+$",
+    "(?:(?:a{60000}){60000})",
+    "(?:(?:(?:a{900}){900}){900})",
+    "((((((((a{9}){9}){9}){9}){9}){9}){9}){9})",
+    "|".join(f"(.*a){{{count}}}b" for count in range(900)),
+    "(?=a)a",
+    r"(a)\1",
+    "(",
+    "\ud800",
+    3,
+    None,
+    ["a"],
+]
+
+
 @pytest.mark.once
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "(.*a){30}b", ".*.*.*.*.*.*.*.*.*.*.*x", "(a|aa)+$", "(", 3, None, ["a"]]
-)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_hostile_patterns(pattern):
-    """Some regular expressions take longer than the universe has been there."""
+    """Some regular expressions take longer than the universe has been there, and others all memory."""
     config = JaxLayer(
         multiply, params={"a" * 60: 1.0}, rules={".*": Rule(trainable=False)}
     ).get_config()

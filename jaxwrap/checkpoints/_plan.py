@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxwrap._dtypes import can_hold
-from jaxwrap._weights._patterns import SECONDS, compile_pattern
+from jaxwrap._weights._patterns import compile_pattern
 from jaxwrap._weights._table import format_table
 
 Names = Mapping[str, str | None] | Iterable[tuple[str, str | None]]
-
-if TYPE_CHECKING:
-    import regex
 
 
 class Entry(NamedTuple):
@@ -67,8 +64,8 @@ def rename(names: Sequence[str], patterns: Names) -> dict[str, str | None]:
 
     Raises:
         TypeError: If `patterns` does not map strings to strings or None.
-        ValueError: If a pattern is not a regular expression, is never the first to match, or takes seconds to match. Or
-            if two names become one.
+        ValueError: If a pattern is not a regular expression, or is never the first to match. If a replacement names a
+            group that its pattern lacks. Or if two names become one.
     """
     pairs: list[Any] = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
     compiled = [(_compile(pair), pair[1]) for pair in pairs]
@@ -76,9 +73,9 @@ def rename(names: Sequence[str], patterns: Names) -> dict[str, str | None]:
     for name in names:
         renamed[name] = name
         for index, (pattern, replacement) in enumerate(compiled):
-            if match := _match(pattern, name):
+            if match := pattern.fullmatch(name):
                 used.add(index)
-                renamed[name] = None if replacement is None else match.expand(replacement)
+                renamed[name] = None if replacement is None else _expand(match, replacement)
                 break
     unused = [pairs[index][0] for index in range(len(pairs)) if index not in used]
     if unused:
@@ -123,7 +120,7 @@ def _row(name: str, entry: Entry, target: str | None, weights: Mapping[str, Entr
     return Row(name, target, "match")
 
 
-def _compile(pair: Any) -> regex.Pattern[str]:
+def _compile(pair: Any) -> Any:
     pattern, replacement = pair
     if not isinstance(pattern, str) or not isinstance(replacement, (str, type(None))):
         raise TypeError(
@@ -132,14 +129,13 @@ def _compile(pair: Any) -> regex.Pattern[str]:
     return compile_pattern(pattern, "in `names`, the pattern")
 
 
-def _match(pattern: regex.Pattern[str], name: str) -> regex.Match[str] | None:
+def _expand(match: Any, replacement: str) -> str:
     try:
-        return pattern.fullmatch(name, timeout=SECONDS)
-    except TimeoutError:
+        return match.expand(replacement)
+    except (IndexError, ValueError) as error:
         raise ValueError(
-            f"it takes longer than {SECONDS} s to match the pattern {pattern.pattern!r} in `names` with {name!r}. "
-            "Write it without repetitions inside of repetitions."
-        ) from None
+            f"in `names`, {replacement!r} does not fit its pattern {match.re.pattern!r}: {error}."
+        ) from error
 
 
 def _check_unique(renamed: Mapping[str, str | None]) -> None:

@@ -15,7 +15,7 @@ from jaxwrap._typing import PyTree
 from jaxwrap.checkpoints._base import FileFormat, OpenFile, unique
 from jaxwrap.checkpoints._plan import Entry
 
-_DTYPES: dict[str, str] = {
+_DTYPES = {
     "BOOL": "bool",
     "BF16": "bfloat16",
     "C64": "complex64",
@@ -42,7 +42,7 @@ class Safetensors(FileFormat):
         header: dict[str, Any] = json.loads(file.read(start - 8), object_pairs_hook=unique)
         header.pop("__metadata__", None)
         entries = {
-            name: Entry(tuple(part["shape"]), _DTYPES.get(part["dtype"], part["dtype"]))
+            name: Entry(tuple(part["shape"]), _DTYPES.get(part["dtype"]) or part["dtype"])
             for name, part in header.items()
         }
 
