@@ -8,15 +8,16 @@ import pathlib
 from collections.abc import Collection, Iterator
 
 import jax
+import keras
 import numpy as np
 
 from jaxwrap._errors import describe, naming
-from jaxwrap._layer import JaxLayer
 from jaxwrap._weights._variables import assign, to_host
 from jaxwrap.checkpoints._atomic import existing, replacing
 from jaxwrap.checkpoints._base import OpenFile
 from jaxwrap.checkpoints._formats import find_format
-from jaxwrap.checkpoints._plan import Entry, Names, Plan, make_plan, rename
+from jaxwrap.checkpoints._owner import owner_of
+from jaxwrap.checkpoints._plan import Entry, Names, Plan, make_plan, rename, resolve
 
 __all__ = ["Plan", "load", "save"]
 
@@ -25,30 +26,32 @@ _CHANGED = "It passed the first reading and failed in the second, so some weight
 
 
 def save(
-    layer: JaxLayer,
+    layer: keras.Layer,
     path: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002 (the usual word)
     names: Names = (),
 ) -> None:
-    r"""Write the weights of a layer as a checkpoint of a JAX library.
+    r"""Write the weights of a layer, or of a model, as a checkpoint of a JAX library.
 
-    The name of a weight in the file is its path below the layer, `params/Dense_0/kernel`. `.msgpack` and Orbax hold
-    nested dicts, the same as `layer.get_variables()`. `.safetensors` and `.npz` hold flat names. `.eqx` holds leaves
-    without names, and for an `EquinoxLayer` those of the module. PRNG keys are written as their data. A failed or
-    interrupted save leaves the file that was there before.
+    The name of a weight in the file is its path below the layer, `params/Dense_0/kernel`. In a file of a model, the
+    name of the layer comes before it, and weights of Keras's own layers have their paths below it. `.msgpack` and Orbax
+    hold nested dicts, the same as `layer.get_variables()`. `.safetensors` and `.npz` hold flat names. `.eqx` holds
+    leaves without names, and for an `EquinoxLayer` those of the module. PRNG keys are written as their data. A failed
+    or interrupted save leaves the file that was there before.
 
     Args:
-        layer: A built layer of jaxwrap.
+        layer: A built layer of jaxwrap, or a Keras model.
         path: The file, or for Orbax the directory.
         format: "msgpack", "orbax", "safetensors", "npz" or "eqx". By default the suffix of `path` decides. `.orbax`, or
             no suffix, is Orbax.
         names: New names, as a dict or as pairs, from a pattern of the path: `{r"params/(.*)": r"model/\1"}`. The first
-            pattern that matches a whole path gives its name, as in `re.sub`. None leaves the weight out.
+            pattern that matches a whole path gives its name, as in `re.sub`. None leaves the weight out. Or a function
+            from the path to the name or None.
 
     Raises:
         ImportError: If the library of the format is not installed.
-        TypeError: If `layer` is not a layer of jaxwrap.
+        TypeError: If `layer` is neither.
         ValueError: If the layer has not been built, the format is unknown or cannot hold a dtype, or `names` matches
             nothing or gives two weights the same name.
 
@@ -61,37 +64,44 @@ def save(
         ...     sorted(np.load(f"{folder}/dense.npz"))
         ['params/bias', 'params/kernel']
     """
-    _check_layer(layer, "save")
     path = pathlib.Path(path)
-    with naming(describe(layer)):
+    with naming(_door(layer, "save")):
+        owner = owner_of(layer)
         chosen = find_format(path, format)
-        variables = layer._engine.built_weights().by_path()
+        variables = owner.variables
         renamed = rename(list(variables), names)
         arrays = {
             name: to_host(variables[own]) for own, name in renamed.items() if name is not None
         }
         with replacing(path) as temporary:
-            chosen.write(temporary, arrays, layer._engine.checkpoint_tree())
+            chosen.write(temporary, arrays, owner.tree)
 
 
 def load(
-    layer: JaxLayer,
+    layer: keras.Layer,
     path: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002
     names: Names = (),
+    only: str | None = None,
+    progress: bool = False,
     dry_run: bool = False,
 ) -> Plan:
-    r"""Read a checkpoint of a JAX library into the weights of a layer: all of them, or none.
+    r"""Read a checkpoint of a JAX library into the weights of a layer or a model: all of them, or none.
 
-    Numbers are cast to the dtype of the weight if it can hold their kind. Besides the weights, memory holds one array
-    of the file at a time. Of an Orbax checkpoint, it holds up to 16 MB of arrays.
+    A name in the file stands for the weight with this path, or for the one that the library itself calls so, such as
+    `params/mlp/~/linear_0/w` in Haiku. `params/` may be missing in both. Numbers are cast to the dtype of the weight if
+    it can hold their kind. Besides the weights, memory holds one array of the file at a time. Of an Orbax checkpoint,
+    it holds up to 16 MB of arrays.
 
     Args:
-        layer: A built layer of jaxwrap.
+        layer: A built layer of jaxwrap, or a Keras model. See `save`.
         path: The file, or for Orbax the directory, from `save` or from the library itself.
         format: See `save`.
-        names: New names for the names in the file, by patterns. See `save`. None leaves an array out.
+        names: New names for the names in the file, by patterns or by a function. See `save`. None leaves an array out.
+        only: A pattern for the paths of the weights to load: `"params/.*"`. Others are left alone, whether the file has
+            them or not.
+        progress: Show a progress bar. It counts each array twice, as each is read once before any is assigned.
         dry_run: Print the plan and assign nothing.
 
     Returns:
@@ -100,7 +110,7 @@ def load(
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If the library of the format is not installed.
-        TypeError: If `layer` is not a layer of jaxwrap.
+        TypeError: If `layer` is neither.
         ValueError: If weights are missing, unexpected, or of another shape or kind. The error lists all of them. Or if
             the file is damaged. No weight has been changed then.
 
@@ -114,29 +124,34 @@ def load(
         >>> [row.status for row in plan], float(layer.get_variables()["params"]["kernel"].sum())
         (['cast', 'cast'], 6.0)
     """
-    _check_layer(layer, "load")
-    with naming(describe(layer)), contextlib.ExitStack() as stack:
+    with naming(_door(layer, "load")), contextlib.ExitStack() as stack:
+        owner = owner_of(layer)
+        variables = owner.variables
         path = existing(pathlib.Path(path))
         chosen = find_format(path, format)
         with _readable(path):
-            file = stack.enter_context(chosen.open(path, layer._engine.checkpoint_tree()))
-        variables = layer._engine.built_weights().by_path()
+            file = stack.enter_context(chosen.open(path, owner.tree))
         weights = {name: Entry(tuple(v.shape), v.dtype) for name, v in variables.items()}
-        plan = make_plan(file.entries, rename(list(file.entries), names), weights)
+        renamed = resolve(rename(list(file.entries), names), weights, owner.spellings)
+        plan = make_plan(file.entries, renamed, weights, only)
         if dry_run:
             print(plan)  # noqa: T201 (the purpose of a dry run)
             return plan
         # Shapes and dtypes are known without reading arrays, so most problems show before.
         plan.check(path)
-        targets = {row.name: variables[row.target] for row in plan if row.target in variables}
+        targets = {row.name: variables[str(row.target)] for row in plan if row.is_loaded}
+        bar = keras.utils.Progbar(2 * len(targets), unit_name="array") if progress else None
         # A damaged file may fail at its last array. To read it twice takes less memory than to keep all arrays.
         for _ in _arrays(file, targets, path):
-            pass
+            if bar is not None:
+                bar.add(1)
         for name, array in _arrays(file, targets, path, _CHANGED):
             variable = targets[name]
             assign(variable, array.astype(variable.dtype, copy=False))
             # JAX copies in the background, and keeps each array until then.
             jax.block_until_ready(variable.value)
+            if bar is not None:
+                bar.add(1)
     return plan
 
 
@@ -158,9 +173,5 @@ def _readable(path: pathlib.Path, outcome: str = _UNCHANGED) -> Iterator[None]:
         ) from error
 
 
-def _check_layer(layer: JaxLayer, function: str) -> None:
-    if not isinstance(layer, JaxLayer):
-        raise TypeError(
-            f"checkpoints.{function}: expected a layer of jaxwrap; received {layer!r}. Pass the layers of a model one "
-            "by one."
-        )
+def _door(layer: object, function: str) -> str:
+    return describe(layer) if isinstance(layer, keras.Layer) else f"checkpoints.{function}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxwrap._dtypes import can_hold
-from jaxwrap._weights._patterns import compile_pattern
+from jaxwrap._weights._patterns import compile_pattern, match
 from jaxwrap._weights._table import format_table
 
-Names = Mapping[str, str | None] | Iterable[tuple[str, str | None]]
+Names = Mapping[str, str | None] | Iterable[tuple[str, str | None]] | Callable[[str], str | None]
 
 
 class Entry(NamedTuple):
@@ -24,9 +24,9 @@ class Row(NamedTuple):
     """One array of a file, or one weight that the file lacks.
 
     Attributes:
-        name: The name in the file. Empty for a missing weight.
-        target: The path of the weight below the layer. None if `names` leaves the array out.
-        status: "match", "cast", "left out", "missing", "unexpected", "shape" or "dtype".
+        name: The name in the file. Empty if the file does not have the weight.
+        target: The path of the weight below the layer. None if `names` or `only` leaves the array out.
+        status: "match", "cast", "left out", "left alone" (by `only`), "missing", "unexpected", "shape" or "dtype".
         detail: The difference between file and weight.
     """
 
@@ -34,6 +34,11 @@ class Row(NamedTuple):
     target: str | None
     status: str
     detail: str = ""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weight gets the value in the file."""
+        return self.status in ("match", "cast")
 
 
 class Plan(tuple[Row, ...]):
@@ -63,10 +68,14 @@ def rename(names: Sequence[str], patterns: Names) -> dict[str, str | None]:
     """Return the new name of each name. The first pattern that matches a whole name decides. Other names stay.
 
     Raises:
-        TypeError: If `patterns` does not map strings to strings or None.
+        TypeError: If `patterns` does not map strings to strings or None, or is a function that does not.
         ValueError: If a pattern is not a regular expression, or is never the first to match. If a replacement names a
             group that its pattern lacks. Or if two names become one.
     """
+    if callable(patterns):
+        renamed = {name: _checked(name, patterns(name)) for name in names}
+        _check_unique(renamed)
+        return renamed
     pairs: list[Any] = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
     compiled = [(_compile(pair), pair[1]) for pair in pairs]
     used, renamed = set(), {}
@@ -87,10 +96,27 @@ def rename(names: Sequence[str], patterns: Names) -> dict[str, str | None]:
     return renamed
 
 
+def resolve(
+    targets: Mapping[str, str | None], weights: Mapping[str, Any], spellings: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Return the path of a weight for each other spelling of it.
+
+    Raises:
+        ValueError: If two names in the file stand for one weight.
+    """
+    resolved = {
+        name: target if target is None or target in weights else spellings.get(target, target)
+        for name, target in targets.items()
+    }
+    _check_unique(resolved)
+    return resolved
+
+
 def make_plan(
     entries: Mapping[str, Entry],
     targets: Mapping[str, str | None],
     weights: Mapping[str, Entry],
+    only: str | None = None,
 ) -> Plan:
     """Compare the arrays of a file with the weights.
 
@@ -98,18 +124,41 @@ def make_plan(
         entries: The arrays, by their names in the file.
         targets: The path of the weight for each of these names, or None.
         weights: The weights, by path.
+        only: A pattern of the paths of those to load, or None for all.
+
+    Raises:
+        ValueError: If `only` matches no weight.
     """
-    rows = [_row(name, entry, targets[name], weights) for name, entry in entries.items()]
+    paths = list(weights)
+    wanted = set(paths) if only is None else {paths[index] for index in match(only, paths)}
+    rows = [
+        _row(name, entry, targets[name], weights, wanted, only) for name, entry in entries.items()
+    ]
     there = set(targets.values())
-    rows += [Row("", path, "missing") for path in weights if path not in there]
+    rows += [
+        Row("", path, "missing" if path in wanted else "left alone")
+        for path in weights
+        if path not in there
+    ]
     return Plan(rows)
 
 
-def _row(name: str, entry: Entry, target: str | None, weights: Mapping[str, Entry]) -> Row:
+def _row(
+    name: str,
+    entry: Entry,
+    target: str | None,
+    weights: Mapping[str, Entry],
+    wanted: Collection[str],
+    only: str | None,
+) -> Row:
     if target is None:
         return Row(name, None, "left out")
     if target not in weights:
+        if only is not None and not compile_pattern(only).fullmatch(target):
+            return Row(name, None, "left out")
         return Row(name, target, "unexpected")
+    if target not in wanted:
+        return Row(name, target, "left alone")
     weight = weights[target]
     if entry.shape != weight.shape:
         return Row(name, target, "shape", f"is {weight.shape}, in the file {entry.shape}")
@@ -118,6 +167,14 @@ def _row(name: str, entry: Entry, target: str | None, weights: Mapping[str, Entr
     if entry.dtype != weight.dtype:
         return Row(name, target, "cast", f"{entry.dtype} to {weight.dtype}")
     return Row(name, target, "match")
+
+
+def _checked(name: str, renamed: Any) -> str | None:
+    if not isinstance(renamed, (str, type(None))):
+        raise TypeError(
+            f"`names` must return a name or None; it returned {renamed!r} for {name!r}."
+        )
+    return renamed
 
 
 def _compile(pair: Any) -> Any:
@@ -143,5 +200,5 @@ def _check_unique(renamed: Mapping[str, str | None]) -> None:
     for name, target in renamed.items():
         if target is not None and by_target.setdefault(target, name) != name:
             raise ValueError(
-                f"`names` turns both {by_target[target]!r} and {name!r} into {target!r}. Give them different names."
+                f"both {by_target[target]!r} and {name!r} turn into {target!r}. Give them different names by `names`."
             )
