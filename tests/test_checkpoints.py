@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import equinox as eqx
 import flax.linen as nn
@@ -24,6 +25,7 @@ from models import x
 from orbax.checkpoint import StandardCheckpointer
 
 from jaxwrap import EquinoxLayer, FlaxLayer, JaxLayer, NNXLayer, checkpoints
+from jaxwrap.checkpoints import _atomic
 
 
 class Mixed(nn.Module):
@@ -488,10 +490,24 @@ def test_a_killed_save_leaves_a_whole_checkpoint(kind, tmp_path):
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(random.Random().uniform(0.1, 0.3))
         process.send_signal(signal.SIGKILL)
-    checkpoints.load(layer, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "there is no checkpoint")  # killed between two renames
+        checkpoints.load(layer, path)
     variables = layer.get_variables()["params"]
     values = {float(value) for leaf in variables.values() for value in np.unique(leaf)}
     assert len(values) == 1
+    # What the dead process left is gone after the next save. Files of other names or processes stay.
+    own = _atomic._place()
+    alive = tmp_path / f".{path.name}.{own}-{os.getpid()}-{'0' * 32}.tmp"
+    elsewhere = tmp_path / f".{path.name}.deadbeef-{process.pid}-{'0' * 32}.tmp"
+    other = tmp_path / f".other-{path.name}.{own}-{process.pid}-{'0' * 32}.tmp"
+    dead = tmp_path / f".{path.name}.{own}-{process.pid}-{'0' * 32}.tmp"
+    for leftover in (alive, elsewhere, other, dead):
+        leftover.touch()
+    checkpoints.save(layer, path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        file.name for file in (path, alive, elsewhere, other)
+    }
 
 
 @pytest.mark.parametrize("kind", ["msgpack", "orbax", "safetensors", "npz", "eqx"])
@@ -511,7 +527,8 @@ def test_a_failed_save_leaves_the_previous_one(kind, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
     if kind == "orbax":  # between the two renames
         path.rename(tmp_path / "w.orbax.previous")
-        checkpoints.load(layer, path)
+        with pytest.warns(UserWarning, match=r"no checkpoint .*w\.orbax, .*w\.orbax\.previous"):
+            checkpoints.load(layer, path)
 
 
 def _interrupted(self, target):
