@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import time
 import tracemalloc
 import zipfile
 
+import equinox as eqx
 import flax.linen as nn
 import h5py
 import jax
@@ -25,10 +27,12 @@ import pytest
 from backends import to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from keras.src.saving.serialization_lib import ObjectSharingScope
 from test_serialization import LAYERS, Block, Net, Size, x
 
 import jaxwrap
-from jaxwrap import FlaxLayer, JaxLayer, Rule
+from jaxwrap import EquinoxLayer, FlaxLayer, JaxLayer, Rule
+from jaxwrap._serialization import deserialize
 
 SECONDS = 20  # a machine may be busy; what hangs takes longer
 MEGABYTES = 700
@@ -803,3 +807,73 @@ def test_an_optimizer_refuses_a_path_that_is_listed_twice(more):
         optimizer.load_own_variables({**store, "paths": np.frombuffer(twice, "uint8")})
     for variable, value in zip(optimizer.variables, before, strict=True):
         np.testing.assert_array_equal(to_numpy(variable.value), value)
+
+
+# Numbers that ask for more than there is.
+
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def partial_of(name, *args, **kwargs):
+    return {"kind": "partial", "fn": named(name), "args": list(args)} | {
+        "kwargs": {"kind": "dict", "items": [[key, value] for key, value in kwargs.items()]}
+    }
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("width", [10**6, 10**8])
+def test_factories_of_more_than_fits(width):
+    make = functools.partial(eqx.nn.MLP, 4, 4, 8, 1)
+    config = EquinoxLayer.from_factory(make, batch=True).get_config()
+    assert EquinoxLayer.from_config(config).get_config() == config
+    config["factory"] = partial_of("equinox.nn.MLP", width, width, width, 1)
+    with watched(), pytest.raises(ValueError, match=r"this config asks for arrays of .* bytes"):
+        EquinoxLayer.from_config(config)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("size", [10**9, 10**14])
+def test_optimizers_of_more_than_fits(size):
+    source = functools.partial(optax.lbfgs, memory_size=3, linesearch=None)
+    config = jaxwrap.OptaxOptimizer(source, learning_rate=0.1).get_config()
+    variables = [keras.Variable(np.ones((100, 100), "float32"), name="w")]
+    jaxwrap.OptaxOptimizer.from_config(config).build(variables)
+    assert config["transformation"] == partial_of("optax.lbfgs", memory_size=3, linesearch=None)
+    config["transformation"] = partial_of("optax.lbfgs", memory_size=size, linesearch=None)
+    optimizer = jaxwrap.OptaxOptimizer.from_config(config)
+    with watched(), pytest.raises(ValueError, match=r"this config asks for arrays of .* bytes"):
+        optimizer.build(variables)
+
+
+@pytest.mark.once
+def test_many_arrays_that_fit_one_by_one():
+    """Places in one config, and layers in one file."""
+    size = MEMORY // 4 // 3
+    weight = {"kind": "weight", "shape": [size], "dtype": "float32", "impl": None}
+    nodes = [{**weight, "place": place, "is_numpy": True} for place in range(4)]
+    with watched(), pytest.raises(ValueError, match=r"this config asks for arrays of .* bytes"):
+        deserialize(nodes, "params")
+    deserialize([nodes[0]] * 4, "params")  # one array
+    with watched(), ObjectSharingScope():
+        for node in nodes[:2]:
+            deserialize([node], "params")
+        with pytest.raises(ValueError, match=r"this config asks for arrays of .* bytes"):
+            deserialize([nodes[2], nodes[3]], "params")
+    deserialize([nodes[0]], "params")  # another file
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "node",
+    [
+        partial_of("equinox.nn.MLP", 4, 4, 8, 10**9),
+        partial_of("equinox.nn.MLP", 4, 4, 8, depth=10**9),
+        partial_of("optax.contrib.muon", 0.1, ns_steps=10**9),
+        partial_of("flax.linen.SpectralNorm", n_steps=10**12),
+        partial_of("jax.numpy.einsum", optimize="optimal"),
+        {"kind": "object", "class": "flax.linen.SpectralNorm", "fields": {"n_steps": 10**12}},
+    ],
+)
+def test_loops_without_end(node):
+    with watched(), pytest.raises(ValueError, match=r"expected at most 1000|'jax.numpy.einsum'"):
+        deserialize(node, "module")

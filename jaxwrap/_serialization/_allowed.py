@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 # By the module in which a name is public: functions of arrays without side effects, dtypes, and classes that only hold
-# data and such functions. The first module that has an object names it.
+# data and such functions. Not `einsum`, which may look for the best order of a hundred operands for years. What repeats
+# something by a number is bounded in `_loops.py`. The first module that has an object names it.
 NAMES_BY_MODULE = {
     "jax.nn": (
         "celu dot_product_attention elu gelu glu hard_sigmoid hard_silu hard_swish hard_tanh identity leaky_relu "
@@ -13,7 +14,7 @@ NAMES_BY_MODULE = {
     "jax.nn.initializers": "ones zeros",
     "jax.numpy": (
         "abs absolute add all any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin bfloat16 bool_ "
-        "cbrt ceil clip complex128 complex64 concatenate conj cos cosh cumprod cumsum divide dot einsum exp exp2 "
+        "cbrt ceil clip complex128 complex64 concatenate conj cos cosh cumprod cumsum divide dot exp exp2 "
         "expm1 float16 float32 float64 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
         "floor hypot imag int16 int32 int64 int8 log log10 log1p log2 logaddexp matmul max maximum mean median min "
         "minimum multiply negative power prod real reciprocal round sign sin sinc sinh sqrt square std "

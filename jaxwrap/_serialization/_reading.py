@@ -15,8 +15,9 @@ import numpy as np
 from jaxwrap._serialization._factories import find_factory
 from jaxwrap._serialization._fields import Method, from_fields
 from jaxwrap._serialization._local import find_local
+from jaxwrap._serialization._loops import check_loops
 from jaxwrap._serialization._names import find
-from jaxwrap._serialization._nodes import MAX_DEPTH, PLAIN, Weight, check_size
+from jaxwrap._serialization._nodes import MAX_DEPTH, PLAIN, Total, Weight
 
 
 def deserialize(config: Any, what: str) -> Any:
@@ -48,6 +49,7 @@ class Deserializer:
     def __init__(self, what: str):
         self._what = what
         self._weights: dict[int, tuple[Weight, Any]] = {}
+        self._total = Total.of_file()
 
     def deserialize(self, config: Any, depth: int) -> Any:
         """Read a node, `depth` nodes below the first."""
@@ -91,12 +93,13 @@ class Deserializer:
     def _weight(self, config: dict[str, Any], depth: int) -> Any:
         fields = {name: config[name] for name in Weight._fields}
         weight = Weight(**{**fields, "shape": _shape(config["shape"])})
-        # First, since a shape in a file is short however much memory it asks for.
-        check_size(weight.size)
-        known, array = self._weights.get(weight.place) or (weight, weight.zeros())
+        if weight.place not in self._weights:
+            # First, since a shape in a file is short however much memory it asks for.
+            self._total.add(weight.size)
+            self._weights[weight.place] = weight, weight.zeros()
+        known, array = self._weights[weight.place]
         if known != weight:
             raise TypeError(f"place {weight.place} holds {known} already")
-        self._weights[weight.place] = known, array
         return array
 
     def _name(self, config: dict[str, Any], depth: int) -> Any:
@@ -129,6 +132,7 @@ class Deserializer:
 
     def _partial(self, config: dict[str, Any], depth: int) -> Any:
         fn, args, kwargs = (self.deserialize(config[n], depth) for n in ("fn", "args", "kwargs"))
+        check_loops(fn, args, kwargs)
         return functools.partial(fn, *args, **kwargs)
 
     def _call(self, config: dict[str, Any], depth: int) -> Any:
@@ -142,6 +146,7 @@ class Deserializer:
     def _object(self, config: dict[str, Any], depth: int) -> Any:
         cls = self._class(config, object)
         fields = {name: self.field(value, depth) for name, value in config["fields"].items()}
+        check_loops(cls, (), fields)
         return from_fields(cls, fields)
 
     def _class(self, config: dict[str, Any], base: type) -> Any:

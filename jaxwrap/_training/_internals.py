@@ -50,6 +50,7 @@ class Internals:
         step: The compiled update, or None before building.
         places: The places of the variables in the update, by Keras's keys.
         call: What belongs to one step.
+        is_from_file: Whether the optimizer has been made from a config, whose sizes may not fit into memory.
         schedule: The last Optax schedule that was asked, and the same on tensors.
     """
 
@@ -57,6 +58,7 @@ class Internals:
     step: Any = None
     places: dict[Any, int] = dataclasses.field(default_factory=dict)
     call: Call = dataclasses.field(default_factory=Call)
+    is_from_file: bool = False
     schedule: tuple[Any, Any] = (None, None)
 
     def rate_at(self, schedule: Any, step: Any) -> Any:

@@ -227,7 +227,9 @@ class OptaxOptimizer(RatedOptimizer):
         Raises:
             ValueError: If the config has a name that is not registered, or `get_config` cannot have returned it.
         """
-        return cls(**_saving.read_config(cls, config, custom_objects))
+        optimizer = cls(**_saving.read_config(cls, config, custom_objects))
+        optimizer._own.is_from_file = True
+        return optimizer
 
     def save_own_variables(self, store: Any) -> None:
         """Store the variables under their paths."""

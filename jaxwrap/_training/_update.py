@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import keras
 
 from jaxwrap._function import PytreeFunction
+from jaxwrap._serialization import check_size
 from jaxwrap._training._params import Params
 from jaxwrap._training._transformation import Recipe, init, needed_arguments, update
 from jaxwrap._typing import Array, PyTree, Tensor
@@ -34,7 +35,7 @@ class Step:
 
     def __init__(
         self,
-        optimizer: keras.optimizers.Optimizer,
+        optimizer: Any,
         variables: Sequence[keras.Variable],
         recipe: Recipe,
         rate: Any,
@@ -43,6 +44,9 @@ class Step:
         self._recipe = recipe
         transformation = recipe.make(rate)
         tree = self.params.tree([to_host(variable) for variable in variables])
+        if optimizer._own.is_from_file:
+            # By `eval_shape`, which allocates nothing.
+            check_size(jax.tree.leaves(jax.eval_shape(lambda: init(transformation, tree))))
         # Asked now, so that a transformation that Keras cannot feed fails in `build`, and not in `fit`.
         self.needed = needed_arguments(transformation, tree, self.params.top())
         seen: dict[Any, int] = {}

@@ -19,7 +19,13 @@ from jaxwrap._pytree import is_array
 from jaxwrap._serialization import name_of, serialize, serialize_by_name, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
-from jaxwrap.adapters._equinox_calls import axis_name_of, make_module, suggesting_batch, takes_key
+from jaxwrap.adapters._equinox_calls import (
+    axis_name_of,
+    check_factory_size,
+    make_module,
+    suggesting_batch,
+    takes_key,
+)
 from jaxwrap.adapters._equinox_leaves import ModuleLeaves
 from jaxwrap.adapters._libraries import require
 from jaxwrap.adapters._methods import (
@@ -203,6 +209,8 @@ class Equinox(Adapter):
         import equinox as eqx
 
         fields = super().fields_from_config(config)
+        if fields.get("factory") is not None:
+            check_factory_size(fields["factory"])
         if fields.get("module") is not None:
             check_method(fields["module"], fields.get("method"), eqx.Module)
         return fields

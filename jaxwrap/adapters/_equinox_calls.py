@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxwrap._layer._seeds import init_seed, to_key
+from jaxwrap._serialization import check_size
 
 
 def takes_key(parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -51,6 +52,17 @@ def axis_name_of(module: Any) -> Any:
 
     nodes = jax.tree_util.tree_leaves(module, is_leaf=is_norm)
     return next((node.axis_name for node in nodes if is_norm(node)), None)
+
+
+def check_factory_size(factory: Callable[..., Any]) -> None:
+    """Raise ValueError if the arrays of a module do not fit into memory: a file names the factory and its sizes."""
+    import equinox as eqx
+
+    try:
+        made = eqx.filter_eval_shape(lambda: make_module(factory, 0, None))
+    except Exception:
+        return  # it may need values, and what is wrong with it shows when it is called
+    check_size(leaf for leaf in jax.tree.leaves(made) if isinstance(leaf, jax.ShapeDtypeStruct))
 
 
 def make_module(factory: Callable[..., Any], seed: int | None, impl: str | None) -> tuple[Any, Any]:
