@@ -171,3 +171,14 @@ def test_progress(tmp_path, capsys):
     checkpoints.load(layer, tmp_path / "w.safetensors", progress=True)
     count = 2 * len(layer.weights)
     assert f"{count}/{count}" in capsys.readouterr().out
+
+
+@pytest.mark.once
+def test_a_file_of_the_only_wrapped_layer_of_a_model(tmp_path):
+    source, layer = (FlaxLayer(nn.Dense(3), seed=seed, name="encoder") for seed in (1, 2))
+    source(x(2, 4))
+    model = keras.Sequential([layer, keras.layers.Dense(2)])
+    model(x(2, 4))
+    checkpoints.save(source, tmp_path / "w.npz")
+    checkpoints.load(model, tmp_path / "w.npz", only="encoder/.*")
+    assert_equal(flat(layer.get_variables()), flat(source.get_variables()))

@@ -90,9 +90,9 @@ def load(
     r"""Read a checkpoint of a JAX library into the weights of a layer or a model: all of them, or none.
 
     A name in the file stands for the weight with this path, or for the one that the library itself calls so, such as
-    `params/mlp/~/linear_0/w` in Haiku. `params/` may be missing in both. Numbers are cast to the dtype of the weight if
-    it can hold their kind. Besides the weights, memory holds one array of the file at a time. Of an Orbax checkpoint,
-    it holds up to 16 MB of arrays.
+    `params/mlp/~/linear_0/w` in Haiku. `params/` may be missing in both. If a model has one layer of jaxwrap, so may
+    the name of that layer. Numbers are cast to the dtype of the weight if it can hold their kind. Besides the weights,
+    memory holds one array of the file at a time. Of an Orbax checkpoint, it holds up to 16 MB of arrays.
 
     Args:
         layer: A built layer of jaxwrap, or a Keras model. See `save`.

@@ -77,6 +77,9 @@ def _of_model(model: keras.Layer) -> Owner:
         for path, variable in weights.items():
             add(f"{layer.name}/{path}", variable)
         spellings |= {f"{layer.name}/{name}": f"{layer.name}/{to}" for name, to in names.items()}
+        if len(own) == 1:
+            # A file of this layer does not hold its name.
+            spellings |= {name: f"{layer.name}/{to}" for name, to in names.items()}
     known = set(map(id, variables.values()))
     for variable in model.weights:
         if id(variable) not in known:
