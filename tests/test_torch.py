@@ -105,13 +105,13 @@ def test_tensors_on_a_gpu():
 def test_a_gpu_that_jax_does_not_have(monkeypatch):
     import torch
 
-    from jaxwrap._bridge import _torch
+    from jaxwrap._bridge import _torch_tensors
 
-    monkeypatch.setattr(_torch, "_jax_has_cuda", lambda: False)
+    monkeypatch.setattr(_torch_tensors, "_jax_has_cuda", lambda: False)
     with pytest.raises(
         RuntimeError, match=r"(?s)on cuda:0, and JAX has.*Install JAX.*keras\.device"
     ):
-        _torch._check_devices([torch.ones(1, device="cuda")])
+        _torch_tensors.check_devices([torch.ones(1, device="cuda")])
 
 
 def test_variables_that_exist_at_construction_are_parameters():

@@ -88,6 +88,9 @@ class Bridge(abc.ABC):
     def register(self, layer: Any) -> None:  # noqa: B027 (most backends have nothing to do)
         """Register the variables that a layer has before it is built with the backend's own module, if it has one."""
 
+    def check_draws(self) -> None:  # noqa: B027 (most backends have nothing to refuse)
+        """Raise RuntimeError if the backend transforms what is called now, and its user allows no random numbers."""
+
     def lifted(self) -> contextlib.AbstractContextManager[Any]:
         """Enter a scope in which variables can be read and made while a training step is traced around it."""
         return contextlib.nullcontext()

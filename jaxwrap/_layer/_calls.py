@@ -163,7 +163,12 @@ class Calls:
             if count:
                 changed.append(generator.state)
                 values.append(generator.after(count))
-        assign_all(changed, values)
+        try:
+            if any(result.draws):
+                get_bridge().check_draws()
+            assign_all(changed, values)
+        except Exception as error:
+            raise_named(error, describe(layer))
         if result.loss is not None:
             layer.add_loss(result.loss)
         for name, value in result.metrics.items():
