@@ -191,3 +191,110 @@ def test_gradients_under_hooks_of_saved_tensors():
         output = layer(inputs).sum()
     output.backward()
     np.testing.assert_allclose(to_numpy(layer.params.value.grad), to_numpy(expected), 1e-5)
+
+
+def test_a_kept_small_gradient_holds_no_others():
+    """Small gradients come from JAX in vectors, of up to 64 KiB of gradients that are alike in size."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    params = [rng.standard_normal((64, 64)).astype("float32") / 8 for _ in range(9)]
+    params += [np.float32(2), np.zeros((), "complex64"), np.ones(3, "complex64")]
+
+    def call(params, inputs):
+        *matrices, scale, one, three = params
+        for matrix in matrices:
+            inputs = jnp.tanh(inputs @ matrix)
+        return inputs * scale * jnp.abs(one + three).sum()
+
+    x = rng.standard_normal((2, 64)).astype("float32")
+    layer = JaxLayer(call, params=params)
+    tensors = [variable.value for variable in layer.trainable_variables]
+    output = layer(keras.ops.convert_to_tensor(x)).sum()
+    gradients = torch.autograd.grad(output, tensors)
+    expected = jax.grad(lambda params: call(params, x).sum())(params)
+    for actual, value in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(actual), np.conj(value), 1e-3, 1e-4)
+    held = [gradient.untyped_storage().nbytes() for gradient in gradients]
+    assert max(held) <= 2**16
+    vectors = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    assert len(vectors) < 6
+
+
+def scaled(params, inputs):
+    return inputs * params["scale"]
+
+
+@pytest.mark.parametrize("bit", ["_conj", "_neg_view"])
+def test_views_by_a_bit(bit):
+    """The conjugate and the negative of a tensor share its memory, which JAX would read without them."""
+    import torch
+
+    values = (np.arange(1, 65) * (1 + 2j)).astype("complex64")
+    layer = JaxLayer(scaled, params={"scale": values})
+    tensor = layer.trainable_variables[0].value
+    ones = torch.ones(64, dtype=torch.complex64)
+    np.testing.assert_allclose(layer(ones).detach(), values)
+    tensor.data = getattr(torch, bit)(tensor.data)
+    changed = values.conj() if bit == "_conj" else -values
+    for inputs in (ones, torch.conj(ones * 2j), torch._neg_view(ones)):
+        view = inputs.clone().requires_grad_()
+        output = layer(getattr(torch, bit)(view))
+        product = getattr(torch, bit)(view) * torch.from_numpy(changed)
+        np.testing.assert_allclose(output.detach(), product.detach())
+        one, two = (torch.autograd.grad(y, view, torch.conj(y.detach())) for y in (output, product))
+        np.testing.assert_allclose(one[0].resolve_conj(), two[0].resolve_conj())
+
+
+@pytest.mark.parametrize("name", ["half", "bfloat16", "double"])
+@pytest.mark.filterwarnings("ignore:JAX computes float64")
+def test_the_dtype_of_a_module_changes(name):
+    """Calls and gradients follow, as do those after it has changed back."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    scale, x = (rng.standard_normal(64).astype("float32") for _ in range(2))
+    state = {"last": np.zeros(64, "float32")}
+
+    def call(params, state, inputs, training):
+        output = scaled(params, inputs)
+        return output, {"last": output if training else state["last"]}
+
+    layer = JaxLayer(call, params={"scale": scale}, state=state)
+    inputs = keras.ops.convert_to_tensor(x)
+
+    def check(values):
+        tensor = layer.trainable_variables[0].value
+        output = layer(inputs, training=True)
+        expected = x * to_numpy(values.float())
+        np.testing.assert_allclose(to_numpy(output.detach()), expected, 1e-6)
+        (gradient,) = torch.autograd.grad(output.sum(), tensor)
+        assert gradient.dtype is tensor.dtype
+        np.testing.assert_allclose(to_numpy(gradient.float()), x, 1e-2)
+        last = layer.get_variables()["state"]["last"]
+        np.testing.assert_allclose(last.astype("float32"), expected, 1e-2)
+
+    check(torch.from_numpy(scale))
+    moved = getattr(torch.from_numpy(scale), name)()
+    getattr(layer, name)()
+    assert next(layer.parameters()).dtype is moved.dtype
+    check(moved)
+    with torch.no_grad():
+        layer.trainable_variables[0].value.mul_(2)
+    check(moved * 2)
+    layer.float()
+    check(moved.float() * 2)
+
+
+def test_a_module_in_float64_is_computed_in_float32(monkeypatch):
+    import torch
+
+    from jaxwrap import _dtypes
+
+    monkeypatch.setattr(_dtypes, "_has_warned", False)
+    layer = JaxLayer(scaled, params={"scale": np.ones(2, "float32")})
+    layer(torch.ones(2))
+    layer.double()
+    with pytest.warns(UserWarning, match="float64 inputs in float32") as warned:
+        layer(torch.ones(2))
+    assert warned[0].filename == __file__

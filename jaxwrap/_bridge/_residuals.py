@@ -45,6 +45,19 @@ def _is_large(array: Any) -> bool:
     return isinstance(array.size, int) and array.size * array.dtype.itemsize > _SMALL
 
 
+def _vectors(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Divide small gradients among vectors, by size. Who keeps one keeps its vector, so that is small too."""
+    groups: list[list[int]] = []
+    total = 0
+    for index in sorted(indices, key=lambda index: sizes[index]):
+        total += sizes[index]
+        if not groups or total > _SMALL:
+            groups.append([])
+            total = sizes[index]
+        groups[-1].append(index)
+    return groups
+
+
 class Linearized:
     """A flat function that returns its result, the residuals of its vjp, and the place of the `Pullback` as `Static`.
 
@@ -134,7 +147,7 @@ class Pullback:
         """Compute `gradients` compiled, in fewer arrays.
 
         Returns:
-            Gradients by their indices: the small ones of each dtype in one vector, and the others.
+            Gradients by their indices: the small ones of each dtype in vectors, and the others.
         """
         vectors, others, static = self._jitted(*arrays)
         return dict(zip(static.value[0], vectors, strict=True)), dict(
@@ -148,7 +161,9 @@ class Pullback:
         for index, gradient in enumerate(gradients):
             if gradient.size and not _is_large(gradient):
                 small.setdefault(gradient.dtype, []).append(index)
-        groups = tuple(tuple(group) for group in small.values() if len(group) > 1)
+        sizes = [gradient.nbytes for gradient in gradients]
+        split = (group for each in small.values() for group in _vectors(each, sizes))
+        groups = tuple(tuple(group) for group in split if len(group) > 1)
         packed = {index for group in groups for index in group}
         alone = tuple(index for index in range(len(gradients)) if index not in packed)
         vectors = [

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from jaxwrap._bridge._memory import ALIGNMENT, Kept
+from jaxwrap._dtypes import warn_if_narrowed
 from jaxwrap._typing import Array, Tensor
 
 # The dtypes that NumPy has as well.
@@ -30,6 +31,7 @@ class _Alias(NamedTuple):
     pointer: int
     shape: torch.Size
     dtype: torch.dtype
+    is_real: bool
 
 
 class Aliases:
@@ -52,15 +54,21 @@ class Aliases:
             and alias.shape == tensor.shape
             and alias.dtype is tensor.dtype
             and tensor.is_contiguous()
+            and not tensor.is_neg()
+            and (alias.is_real or not tensor.is_conj())
         ):
             return alias.array
+        # After `module.double()`, for example.
+        warn_if_narrowed([str(tensor.dtype).removeprefix("torch.")])
         pointer = tensor.data_ptr()
         if pointer % ALIGNMENT or not tensor.is_contiguous():
             return to_jax(tensor)  # JAX copies it anyway
         array = _from_dlpack(tensor)
         # If JAX has copied all the same, the array would not follow what torch writes.
         if array.unsafe_buffer_pointer() == pointer:
-            self._kept.put(tensor, _Alias(array, pointer, tensor.shape, tensor.dtype))
+            is_real = not tensor.is_complex()
+            alias = _Alias(array, pointer, tensor.shape, tensor.dtype, is_real)
+            self._kept.put(tensor, alias)
         return array
 
 
