@@ -86,7 +86,7 @@ class Bridge(abc.ABC):
         optree.register_pytree_node(cls, flatten, unflatten, namespace="keras")  # type: ignore[arg-type]
 
     def register(self, layer: Any) -> None:  # noqa: B027 (most backends have nothing to do)
-        """Register the variables that a layer has before it is built with the backend's own module, if it has one."""
+        """Register the variables that a layer has now with the backend's own module, if it has one."""
 
     def check_draws(self) -> None:  # noqa: B027 (most backends have nothing to refuse)
         """Raise RuntimeError if the backend transforms what is called now, and its user allows no random numbers."""

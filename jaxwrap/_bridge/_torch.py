@@ -15,6 +15,7 @@ from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import host_copies
 from jaxwrap._bridge._torch_autograd import Function
 from jaxwrap._bridge._torch_func import check_randomness, check_unmapped
+from jaxwrap._bridge._torch_modules import register
 from jaxwrap._bridge._torch_tensors import NUMPY_DTYPES, Aliases
 from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import check_dtype
@@ -67,7 +68,7 @@ class TorchBridge(Bridge):
     def register(self, layer: Any) -> None:
         # Keras does so after `build` only, too late for `Adam(net.parameters())`.
         if not in_stateless_scope():
-            layer._track_variables()
+            register(layer)
 
     def check_draws(self) -> None:
         check_randomness()

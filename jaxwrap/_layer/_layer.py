@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 import keras
 
+from jaxwrap._bridge import get_bridge
 from jaxwrap._errors import describe, door, naming
 from jaxwrap._layer import _config
 from jaxwrap._layer._adapter import Adapter
@@ -219,6 +220,10 @@ class JaxLayer(keras.layers.Layer, HasParts):
         """The metrics that the model reports in training."""
         self._engine.complete()
         return super().metrics
+
+    def _track_variables(self) -> None:
+        # Keras calls this on PyTorch alone, and makes parameters of seeds too.
+        get_bridge().register(self)
 
     # Building and calling.
 
