@@ -1,6 +1,7 @@
 """What PyTorch's modules and optimizers see of a layer."""
 
 import copy
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -89,3 +90,89 @@ def test_a_moved_module_keeps_its_variables():
     assert held == {id(variable.value) for variable in layer.variables}
     layer(torch.ones(2, 3), training=True)
     assert sum(int(value) for name, value in layer.state_dict().items() if "calls" in name) == 1
+
+
+def linear(params, inputs):
+    """Multiply by a matrix."""
+    return inputs @ params["w"]
+
+
+def linear_init(rng, inputs):
+    return {"w": jnp.ones((inputs.shape[-1], 2))}
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_variables_that_an_optimizer_misses_warn(is_nested):
+    import torch
+
+    layer = JaxLayer(linear, linear_init, name="late")
+    inner = keras.Sequential([layer]) if is_nested else layer
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Sequential(inner))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"late.*optimizer of PyTorch.*layer\.build"):
+        net(torch.ones(2, 3))
+    assert len(optimizer.param_groups[0]["params"]) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        net(torch.ones(2, 3))
+
+
+def _after_build(torch):
+    layer = JaxLayer(linear, linear_init)
+    layer.build((None, 3))
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), layer)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net(torch.ones(2, 3)).sum().backward()
+    return optimizer
+
+
+def _given(torch):
+    layer = JaxLayer(linear, params={"w": np.ones((3, 2), "float32")})
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), layer)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net(torch.ones(2, 3)).sum().backward()
+    return optimizer
+
+
+def _without_grad(torch):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), JaxLayer(linear, linear_init))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with torch.no_grad():
+        net(torch.ones(2, 3))
+    return optimizer
+
+
+def _of_another_net(torch):
+    other = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    torch.nn.Sequential(torch.nn.Linear(3, 3), JaxLayer(linear, linear_init))(torch.ones(2, 3))
+    JaxLayer(linear, linear_init)(torch.ones(2, 3))
+    return optimizer
+
+
+def _fit(torch):
+    other = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    model = keras.Sequential([keras.layers.Dense(3), JaxLayer(linear, linear_init)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(np.ones((4, 3), "float32"), np.ones((4, 2), "float32"), verbose=0)
+    return optimizer
+
+
+def _functional(torch):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, JaxLayer(linear, linear_init)(keras.layers.Dense(3)(inputs)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(torch.ones(2, 3)).sum().backward()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "use", [_after_build, _given, _without_grad, _of_another_net, _fit, _functional]
+)
+def test_no_warning_where_no_optimizer_misses_anything(use):
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*optimizer of PyTorch")
+        use(torch)

@@ -91,6 +91,10 @@ class Bridge(abc.ABC):
     def check_draws(self) -> None:  # noqa: B027 (most backends have nothing to refuse)
         """Raise RuntimeError if the backend transforms what is called now, and its user allows no random numbers."""
 
+    def misses_optimizer(self, layer: Any) -> bool:
+        """Return whether an optimizer of the backend most likely misses the variables that a layer just got."""
+        return False
+
     def lifted(self) -> contextlib.AbstractContextManager[Any]:
         """Enter a scope in which variables can be read and made while a training step is traced around it."""
         return contextlib.nullcontext()

@@ -15,7 +15,7 @@ from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import host_copies
 from jaxwrap._bridge._torch_autograd import Function
 from jaxwrap._bridge._torch_func import check_randomness, check_unmapped
-from jaxwrap._bridge._torch_modules import register
+from jaxwrap._bridge._torch_modules import misses_optimizer, register
 from jaxwrap._bridge._torch_tensors import NUMPY_DTYPES, Aliases
 from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import check_dtype
@@ -72,6 +72,9 @@ class TorchBridge(Bridge):
 
     def check_draws(self) -> None:
         check_randomness()
+
+    def misses_optimizer(self, layer: Any) -> bool:
+        return misses_optimizer(layer)
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
         check_unmapped(values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,3 +35,42 @@ class Variables(torch.nn.ParameterDict):
 def register(layer: Any) -> None:
     """Register the variables of a layer with its torch module, under the names that Keras gives them."""
     layer._torch_params = Variables({variable.path: variable.value for variable in layer.variables})
+
+
+def misses_optimizer(layer: Any) -> bool:
+    """Return whether an optimizer of torch trains the module around a layer, and cannot have its new parameters."""
+    if not torch.is_grad_enabled() or not layer.trainable_variables:
+        return False
+    # Torch keeps no list of its optimizers, and a module does not know what it is part of. So look through all
+    # objects, once for a layer that is built in a call.
+    classes = {torch.optim.Optimizer, *_subclasses(torch.optim.Optimizer)}
+    optimizers = [obj for obj in gc.get_objects() if type(obj) in classes]
+    trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    return bool(trained) and any(
+        id(parameter) in trained for around in _around(layer) for parameter in _parameters(around)
+    )
+
+
+def _around(layer: Any) -> Iterator[torch.nn.Module]:
+    classes = {torch.nn.Module, *_subclasses(torch.nn.Module)}
+    for module in [obj for obj in gc.get_objects() if type(obj) in classes]:
+        if module is not layer and any(_holds(part, layer) for part in module.modules()):
+            yield module
+
+
+def _holds(part: torch.nn.Module, layer: Any) -> bool:
+    # Torch does not see layers in Keras's own lists, such as those of a `keras.Sequential`.
+    flatten: Any = getattr(part, "_flatten_layers", None)
+    return part is layer or (flatten is not None and any(one is layer for one in flatten()))
+
+
+def _parameters(module: torch.nn.Module) -> Iterator[Any]:
+    # Not `parameters()`, with which Keras registers the variables of a layer.
+    for part in module.modules():
+        yield from part._parameters.values()
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in type.__subclasses__(cls):
+        yield subclass
+        yield from _subclasses(subclass)

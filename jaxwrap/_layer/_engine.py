@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import keras
 
 from jaxwrap._bridge import get_bridge
+from jaxwrap._errors import describe
 from jaxwrap._layer._adapter import Adapter
 from jaxwrap._layer._building import init_weights, seen_by_init
 from jaxwrap._layer._containers import restored
@@ -192,6 +194,12 @@ class Engine:
                 raise
             finally:
                 self._pending = None
+            if not had_weights and get_bridge().misses_optimizer(self._layer):
+                warnings.warn(
+                    f"{describe(self._layer)}: this call made the layer's variables. An optimizer of PyTorch that was "
+                    "made before does not train them. Build the layer first: `layer.build(input_shape)`.",
+                    stacklevel=4,
+                )
 
     def _unbuild(self, weights: Weights) -> None:
         layer = self._layer
