@@ -7,7 +7,7 @@ from jaxwrap import _bridge as _bridge
 from jaxwrap import checkpoints as checkpoints
 from jaxwrap._export import export_saved_model
 from jaxwrap._function import wrap_function
-from jaxwrap._layer import Adapter, CallResult, JaxLayer
+from jaxwrap._layer import Adapter, CallResult, JaxLayer, follow_torch_mode
 from jaxwrap._serialization import register_serializable
 from jaxwrap._training import JaxLoss, JaxMetric, OptaxOptimizer
 from jaxwrap._weights import Rule
@@ -33,6 +33,7 @@ __all__ = [
     "OptaxOptimizer",
     "Rule",
     "export_saved_model",
+    "follow_torch_mode",
     "register_adapter",
     "register_serializable",
     "wrap",

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+import jaxwrap
 from jaxwrap import JaxLayer
 
 pytestmark = pytest.mark.only("torch")
@@ -176,3 +177,72 @@ def test_no_warning_where_no_optimizer_misses_anything(use):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*optimizer of PyTorch")
         use(torch)
+
+
+def show(inputs, training):
+    """Return 1 in training and 0 in inference."""
+    return jnp.full_like(inputs, float(training))
+
+
+def _directly(torch, layer):
+    return layer
+
+
+def _in_torch(torch, layer):
+    return torch.nn.Sequential(torch.nn.Sequential(layer))
+
+
+def _in_keras(torch, layer):
+    # Built by the first call, with symbolic tensors.
+    return torch.nn.Sequential(keras.Sequential([keras.Sequential([layer])]))
+
+
+def _in_functional(torch, layer):
+    inputs = keras.Input((3,))
+    return torch.nn.Sequential(keras.Model(inputs, layer(inputs)))
+
+
+@pytest.mark.parametrize("place", [_directly, _in_torch, _in_keras, _in_functional])
+def test_layers_follow_the_mode_of_torch(place):
+    import torch
+
+    inputs = torch.zeros(2, 3)
+    net = place(torch, JaxLayer(show))
+    assert not net.train()(inputs).any()
+    assert jaxwrap.follow_torch_mode(net) is net
+    # Twice, since the second call of a kind takes the short way.
+    for _ in range(2):
+        assert net.train()(inputs).all()
+        assert not net.eval()(inputs).any()
+
+
+@pytest.mark.parametrize("is_unbuilt", [False, True])
+def test_a_mode_is_not_kept_in_a_functional_model(is_unbuilt):
+    import torch
+
+    net = torch.nn.Sequential(keras.Sequential([JaxLayer(show)]))
+    if not is_unbuilt:
+        net(torch.zeros(2, 3))
+    jaxwrap.follow_torch_mode(net.train())
+    assert net(torch.zeros(2, 3)).all()
+    assert not net.eval()(torch.zeros(2, 3)).any()
+
+
+def test_passed_training_wins_over_the_mode():
+    import torch
+
+    inputs = torch.zeros(2, 3)
+    layer = jaxwrap.follow_torch_mode(JaxLayer(show))
+    model = keras.Sequential([layer])
+    for _ in range(2):
+        assert not layer.train()(inputs, training=False).any()
+        assert not model.train()(inputs, training=False).any()
+        assert not model.predict(inputs, verbose=0).any()
+        assert layer.eval()(inputs, training=True).all()
+        assert model.eval()(inputs, training=True).all()
+        assert not layer(inputs, training=None).any()
+
+
+def test_only_modules_have_a_mode():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module.*received a int.*training="):
+        jaxwrap.follow_torch_mode(3)

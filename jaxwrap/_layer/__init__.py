@@ -2,5 +2,6 @@
 
 from jaxwrap._layer._adapter import Adapter, CallResult
 from jaxwrap._layer._layer import JaxLayer
+from jaxwrap._layer._mode import follow_torch_mode
 
-__all__ = ["Adapter", "CallResult", "JaxLayer"]
+__all__ = ["Adapter", "CallResult", "JaxLayer", "follow_torch_mode"]

@@ -37,6 +37,7 @@ class Calls:
         base: The class whose `call` a subclass may override. Then Keras must call it.
 
     Attributes:
+        followed: The PyTorch module whose train flag counts when no `training` is passed, or None.
         signed: The method `call` with the signature of the model, unless a subclass overrides it.
     """
 
@@ -46,6 +47,7 @@ class Calls:
         self._is_direct = type(layer).call is base.call
         # By thread: `compute_mask` comes right after a call, and two threads may call one layer.
         self._last = threading.local()
+        self.followed: Any = None
         self.signed: Callable[..., Any] | None = None
         if self._is_direct:
             call = functools.partial(base.call, layer)
@@ -61,6 +63,8 @@ class Calls:
         """
         engine, layer = self._engine, self._layer
         kwargs = engine.inputs.rename(args, kwargs)
+        if self.followed is not None:
+            kwargs = self._with_flag(args, kwargs)
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
         kind = kind_of(treedef, leaves)
         plan = engine.program.plans.get(kind) if engine.program else None
@@ -86,6 +90,16 @@ class Calls:
             if route is not None:
                 (plan or self._plan(kind, treedef, leaves)).route = route
         return outputs
+
+    def _with_flag(self, args: Args, kwargs: Kwargs) -> Kwargs:
+        """Add the flag of the followed module to the arguments, unless this call or one around it has its own."""
+        passed = kwargs.get("training") is not None or len(args) > len(self._engine.inputs.names)
+        if passed or _fast.training_around() is not None:
+            return kwargs
+        # A functional model would keep the flag of the moment in which it is made.
+        if any(isinstance(leaf, keras.KerasTensor) for leaf in jax.tree.leaves((args, kwargs))):
+            return kwargs
+        return {**kwargs, "training": self.followed.training}
 
     def call(self, args: Args, kwargs: Kwargs) -> PyTree:
         """Call the model on what Keras has prepared."""

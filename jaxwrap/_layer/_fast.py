@@ -73,12 +73,15 @@ def enter(layer: Any, training: bool | None) -> bool:
     Returns:
         The train flag: the caller's, or that of the call around this one.
     """
-    context = get_global_attribute("current_call_ctx")
-    if context is None and layer._losses:
+    if layer._losses and get_global_attribute("current_call_ctx") is None:
         layer._clear_losses()
-    if training is None and context is not None:
-        training = context.get_value("training")
-    return bool(training)
+    return bool(training_around() if training is None else training)
+
+
+def training_around() -> bool | None:
+    """Return the train flag of the Keras call around this one, or None."""
+    context = get_global_attribute("current_call_ctx")
+    return None if context is None else context.get_value("training")
 
 
 def raise_as_keras(

@@ -50,7 +50,7 @@ class Inputs:
         if not parameters:
             raise ValueError("a Keras layer has at least one argument; received none.")
         # Of the kind of the argument before it, as in a signature the kinds come in order.
-        training = _Parameter("training", parameters[-1].kind, default=False)
+        training = _Parameter("training", parameters[-1].kind, default=None)
         self.names = tuple(parameter.name for parameter in parameters)
         self.signature = inspect.Signature([*parameters, training])
         self._is_dict = signature is not None
