@@ -5,12 +5,13 @@ from importlib.metadata import version as _version
 # First, since it says what to install when Keras cannot import its backend.
 from jaxwrap import _bridge as _bridge
 from jaxwrap import checkpoints as checkpoints
+from jaxwrap import reparametrizations as reparametrizations
 from jaxwrap._export import export_saved_model
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import Adapter, CallResult, JaxLayer, follow_torch_mode
 from jaxwrap._serialization import register_serializable
 from jaxwrap._training import JaxLoss, JaxMetric, OptaxOptimizer
-from jaxwrap._weights import Rule
+from jaxwrap._weights import Reparametrization, Rule
 from jaxwrap.adapters import (
     EquinoxLayer,
     FlaxLayer,
@@ -31,6 +32,7 @@ __all__ = [
     "JaxMetric",
     "NNXLayer",
     "OptaxOptimizer",
+    "Reparametrization",
     "Rule",
     "export_saved_model",
     "follow_torch_mode",

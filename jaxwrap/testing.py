@@ -174,11 +174,11 @@ class _Check:
         trained = {id(variable) for variable in layer.trainable_variables}
         gradients = _plain_gradients(layer, self._inputs)
         model.train_on_batch(self._inputs)
-        leaves = layer._engine.built_weights().params.leaves
+        variables = layer._engine.built_weights().params.variables
         expected = [
             gradient
-            for leaf, gradient in zip(leaves, gradients, strict=True)
-            if id(leaf.variables[0]) in trained
+            for variable, gradient in zip(variables, gradients, strict=True)
+            if id(variable) in trained
         ]
         for variable, old, gradient in zip(
             layer.trainable_variables, before, expected, strict=True
@@ -288,7 +288,7 @@ def _plain_gradients(layer: JaxLayer, inputs: tuple[Any, ...]) -> list[Array]:
         return total + (0.0 if result.losses is None else result.losses)
 
     all_arrays = [jnp.asarray(to_host(variable)) for variable in leaves.variables]
-    is_float = [leaf.can_train for leaf in leaves.leaves]
+    is_float = [inexact(variable.dtype) for variable in leaves.variables]
     floats = [array for array, f in zip(all_arrays, is_float, strict=True) if f]
     gradients = iter(jax.grad(loss)(floats))
     return [next(gradients) if f else jnp.zeros(0) for f in is_float]

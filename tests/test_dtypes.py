@@ -51,7 +51,11 @@ def test_a_leaf_keeps_its_dtype(dtype):
     layer = JaxLayer(call, params=leaf(dtype), state=leaf(dtype))
     layer(np.ones(1, "float32"))
     assert seen == {"params": dtype, "state": dtype}
-    assert (layer.params.dtype, layer.state.dtype) == (dtype, dtype)
+    if dtype == "complex64":  # two real parts, so that every optimizer trains it
+        assert {part.dtype for part in layer.params.values()} == {"float32"}
+        assert layer.state.dtype == dtype
+    else:
+        assert (layer.params.dtype, layer.state.dtype) == (dtype, dtype)
     read = layer.get_variables()
     assert read["params"].dtype == jnp.dtype(dtype)
     np.testing.assert_array_equal(read["params"], leaf(dtype))
@@ -89,7 +93,7 @@ def test_float64_without_x64_is_float32():
 
 @pytest.mark.parametrize("policy", ["float16", "bfloat16"])
 def test_an_explicit_dtype_wins_for_float_leaves(policy):
-    params = {name: leaf(name) for name in ("float32", "bfloat16", "int32", "complex64", "bool")}
+    params = {name: leaf(name) for name in ("float32", "bfloat16", "int32", "bool")}
     layer = JaxLayer(lambda params, inputs: inputs, params=params, dtype=policy)
     assert {name: v.dtype for name, v in layer.params.items()} == {
         **{name: name for name in params},

@@ -20,6 +20,7 @@ LAYERS = [
     ["adapters", "testing"],
     ["checkpoints", "_export", "_training"],
     ["_layer"],
+    ["reparametrizations"],
     ["_weights", "_function"],
     ["_serialization", "_specs"],
     ["_bridge", "_pytree"],

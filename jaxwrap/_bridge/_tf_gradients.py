@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import ops
 from tensorflow.python.framework.func_graph import FuncGraph
+from tensorflow.python.framework.ops import gradient_registry
 
 from jaxwrap._typing import Tensor
 
@@ -41,7 +41,7 @@ def custom_gradient(fn: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
 
 def _release(operation: tf.Operation) -> None:
     name = operation.get_attr("_gradient_op_type").decode()
-    table = ops.gradient_registry._registry
+    table = gradient_registry._registry
     gradient = table[name]["type"]
     # The operation may be copied into the graphs around, and differentiated there.
     graph: Any = operation.graph

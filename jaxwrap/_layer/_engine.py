@@ -47,6 +47,7 @@ class Engine:
         reports: The metrics from inside.
         has_values: Whether the user passed `params` or `state`.
         is_from_file: Whether the layer has been made from a config, whose shapes may not fit into memory.
+        layer: The layer.
         lock: Held while the layer is built or traced without data.
     """
 
@@ -65,7 +66,7 @@ class Engine:
         self.is_from_file = False
         # Reentrant, since a first call builds inside of it.
         self.lock = threading.RLock()
-        self._layer = layer
+        self.layer = layer
         self._pending: dict[str, PyTree] | None = None
 
     def copied_to(self, layer: Any, find: Callable[[keras.Variable], keras.Variable]) -> Engine:
@@ -76,7 +77,7 @@ class Engine:
             find: Returns its variable for one of this layer.
         """
         other = copy.copy(self)
-        other._layer = layer
+        other.layer = layer
         other.seeds = self.seeds.copied(find)
         other.reports = self.reports.copied_to(layer, find)
         if self.weights is not None:
@@ -93,7 +94,7 @@ class Engine:
             params: The parameters that the user passes, or None.
             state: Likewise, the state.
         """
-        layer = self._layer
+        layer = self.layer
         self.seeds.create(layer)
         # Set on the layer, because Keras does not look into the engine.
         layer.seed_generator, layer.stream_generators = None, []
@@ -108,7 +109,7 @@ class Engine:
             get_bridge().register(layer)
 
     def _attach_seeds(self) -> None:
-        layer = self._layer
+        layer = self.layer
         layer.seed_generator = self.seeds.generators.get("seed")
         layer.stream_generators = [g for name, g in self.seeds.generators.items() if name != "seed"]
 
@@ -116,14 +117,20 @@ class Engine:
 
     def create_weights(self, params: PyTree, state: PyTree) -> None:
         """Make the variables, with copies of these values."""
-        layer = self._layer
+        layer = self.layer
         mixed = layer.autocast and layer.compute_dtype != layer.variable_dtype
         compute = layer.compute_dtype if mixed else None
         dtypes = Dtypes(layer.variable_dtype, compute, self.options.keep_dtypes)
-        weights = Weights(layer, (params, state), self.adapter.join, self.rules, dtypes)
-        layer.tracked_params = weights.params.variables
-        layer.tracked_state = weights.state.variables
+        trees, seed = (params, state), self.seeds.base
+        weights = Weights(layer, trees, self.adapter.join, self.rules, dtypes, seed)
         self.weights = weights
+        self.track()
+
+    def track(self) -> None:
+        """Let Keras know the variables."""
+        weights = self.built_weights()
+        self.layer.tracked_params = weights.params.variables
+        self.layer.tracked_state = weights.state.variables
 
     def build(self, input_shape: Any) -> None:
         """Make the variables, unless they exist."""
@@ -131,7 +138,7 @@ class Engine:
             # Keras passes shapes without dtypes. The first call, or a file, knows more.
             specs = self._pending or self.specs
             if specs is None:
-                specs = self.inputs.from_shapes(input_shape, self._layer.variable_dtype)
+                specs = self.inputs.from_shapes(input_shape, self.layer.variable_dtype)
             if self.weights is None:
                 init_weights(self, specs)
             self.specs = specs
@@ -156,9 +163,15 @@ class Engine:
             self.options.platforms,
         )
 
+    def renew_program(self) -> None:
+        """Drop what was compiled for other variables."""
+        assert self.specs is not None
+        self._surveys.clear()
+        self._make_program(self.specs)
+
     def _find_draws(self) -> Draws:
         """Find out in which mode the model draws. If its trace fails, calls look for draws themselves."""
-        if not self._layer._get_call_rng.__func__.__module__.startswith("jaxwrap."):
+        if not self.layer._get_call_rng.__func__.__module__.startswith("jaxwrap."):
             return Draws(None, None)  # a user's class may make keys for any call
         if self.adapter.draws != "always":
             return Draws(None if self.seeds.generators else False, False)
@@ -184,7 +197,7 @@ class Engine:
         """
         with self.lock:
             had_weights = self.weights is not None
-            self._pending = None if self._layer.built else seen_by_init(self._layer, specs)
+            self._pending = None if self.layer.built else seen_by_init(self.layer, specs)
             try:
                 yield
             # An interrupt, too, must not leave half of a layer.
@@ -202,7 +215,7 @@ class Engine:
                 )
 
     def _unbuild(self, weights: Weights) -> None:
-        layer = self._layer
+        layer = self.layer
         for variable in weights.variables:
             layer._untrack_variable(variable)
         # Keras locks it after `build`, which has to run again.
@@ -216,7 +229,7 @@ class Engine:
         """Call the adapter's `init`, always with the same keys."""
         # Keras may trace `init` for shapes before. The values must not depend on how often.
         self.seeds.restart()
-        keys = self.seeds.to_keys(self._layer._get_init_rng())
+        keys = self.seeds.to_keys(self.layer._get_init_rng())
         with explained():
             made = self.adapter.init(keys, self.inputs.for_adapter(arguments))
         if not isinstance(made, tuple) or len(made) != 2:
@@ -258,7 +271,7 @@ class Engine:
 
     def complete(self) -> None:
         """Make the variables of reported metrics, if the layer is built."""
-        if self._layer.built:
+        if self.layer.built:
             self.reports.means()
 
     def save(self, store: Any) -> None:
@@ -270,7 +283,8 @@ class Engine:
         """Read weights and seeds from the store that Keras passes to `load_own_variables`."""
         if self.weights is not None or store.keys():
             weights = self.built_weights()
-            load(store, weights.by_path(), weights.in_order(), self.seeds.states())
+            seeds = self.seeds.states()
+            load(store, weights.targets, weights.in_order(), seeds, weights.params.check_tied)
 
     def checkpoint_tree(self) -> PyTree:
         """Return the pytree that a checkpoint of the library holds, with a `LeafPath` for each weight."""
@@ -283,14 +297,14 @@ class Engine:
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Build the layer from the result of `build_config`."""
-        self.specs = self.inputs.from_config(config, self._layer.variable_dtype)
-        self._layer.build(config.get("input_shape"))
+        self.specs = self.inputs.from_config(config, self.layer.variable_dtype)
+        self.layer.build(config.get("input_shape"))
 
     # Without data.
 
     def output_shape(self, input_shape: Any) -> Any:
         """Return the shapes of the outputs, for a nest of shapes of the first argument."""
-        specs = self.inputs.from_shapes(input_shape, self._layer.variable_dtype)
+        specs = self.inputs.from_shapes(input_shape, self.layer.variable_dtype)
         outputs = self.trace(specs, False)["outputs"]
         return jax.tree_util.tree_map(lambda spec: spec.shape, outputs)
 
@@ -298,7 +312,7 @@ class Engine:
         """Make the keys of a call. Inside `drawing`, generators draw from the states that the call was passed."""
         if not self.seeds.generators:
             return None
-        return self.seeds.to_keys(self._layer._get_call_rng(training))
+        return self.seeds.to_keys(self.layer._get_call_rng(training))
 
     def trace(self, specs: dict[str, PyTree], training: bool) -> dict[str, PyTree]:
         """Trace the model without data: see `abstract_result`."""

@@ -17,13 +17,13 @@ from jaxwrap._layer._options import Options, check_flags
 from jaxwrap._layer._parts import HasParts, Parts, SignedCall, parts_of
 from jaxwrap._layer._shapes import masks_for
 from jaxwrap._layer._signature import AUTO
+from jaxwrap._layer._weighted import Weighted
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Rule, Rules
-from jaxwrap._weights._table import WeightTable
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
-class JaxLayer(keras.layers.Layer, HasParts):
+class JaxLayer(Weighted, keras.layers.Layer, HasParts):
     """A Keras layer that computes a pure JAX function, on every Keras backend.
 
     The contract is that of `keras.layers.JaxLayer`. `call_fn` takes any of these arguments, by name:
@@ -166,32 +166,6 @@ class JaxLayer(keras.layers.Layer, HasParts):
         keras.layers.Layer.trainable.fset(self, value)  # pyright: ignore[reportOptionalCall]
         if self._engine.weights is not None:
             self._engine.weights.set_trainable(bool(value))
-
-    @door
-    def freeze(self, pattern: str) -> None:
-        """Stop training the parameters whose paths a regular expression matches. Compile a compiled model again."""
-        self._engine.built_weights().freeze(pattern)
-
-    @door
-    def unfreeze(self, pattern: str) -> None:
-        """Train parameters again. The opposite of `freeze`."""
-        self._engine.built_weights().freeze(pattern, trainable=True)
-
-    @door
-    def weight_table(self) -> WeightTable:
-        """Return path, shape, dtype, `trainable` and size of each weight, as a tuple that prints as a table."""
-        return self._engine.built_weights().table(self.trainable_variables)
-
-    @door
-    def get_variables(self) -> PyTree:
-        """Return the weights as the library has them, with NumPy arrays. PRNG keys are JAX arrays."""
-        weights = self._engine.built_weights()
-        return self.adapter.join(weights.params.read(), weights.state.read())
-
-    @door
-    def set_variables(self, variables: PyTree) -> None:
-        """Assign a pytree as `get_variables` returns it, of any arrays. ValueError if it does not fit the weights."""
-        self._engine.built_weights().write(*self.adapter.split(variables))
 
     @door
     def save_own_variables(self, store: Any) -> None:

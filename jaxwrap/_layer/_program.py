@@ -116,7 +116,7 @@ class _Order:
             *weights.variables,
             *(generator.state for generator in generators),
         ]
-        paths = [leaf.path for leaf in weights.leaves for _ in leaf.variables]
+        paths = [name for leaf in weights.leaves for name in leaf.names]
         self._names = [*paths, *("rng" for _ in generators)]
         seeds = len(self._held) - len(generators)
         self._ends = (len(self._params), seeds, len(self._held))

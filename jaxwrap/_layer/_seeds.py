@@ -151,7 +151,7 @@ class Generator(keras.random.SeedGenerator):
         """Return a generator whose state is the variable that `find` returns."""
         # Keras copies by a config.
         other = object.__new__(Generator)
-        vars(other).update(vars(self), _steps={})
+        other.__dict__.update(vars(self), _steps={})
         other.state = find(self.state)
         return other
 

@@ -291,7 +291,7 @@ def _keras_function(obj: Any, where: _Where) -> Any:
         key, condition = None, "`safe_mode=False`, and then a file can run any code"
         remedy = _LAMBDA
     else:
-        form = keras.saving.serialize_keras_object(obj)
+        form: Any = keras.saving.serialize_keras_object(obj)
         key, condition = obj, f"`custom_objects={{{name!r}: {name}}}`"
         remedy = f'Register it: `jaxwrap.register_serializable("my_package")({name})`'
     kind = "a lambda" if key is None else f"the function `{name}`, which has not been registered"

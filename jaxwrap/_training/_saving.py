@@ -83,7 +83,7 @@ def load_variables(optimizer: Any, store: Any) -> None:
     if set(saved) != set(own):
         # The same model, made again in one process, has other automatic names.
         own = dict(zip(saved, own.values(), strict=True))
-    load(store, own, list(own), {})
+    load(store, lambda _: own, list(own), {})
 
 
 def _by_path(optimizer: Any) -> dict[str, keras.Variable]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from jaxwrap._dtypes import can_hold
+from jaxwrap._weights._leaf import Leaf
 from jaxwrap._weights._variables import assign, to_host
 
 # The list of all paths, so that a reader notices unexpected ones. And a checksum of all, since HDF5 has none.
@@ -45,23 +46,26 @@ def save(
 
 def load(
     store: Any,
-    weights: Mapping[str, keras.Variable],
+    targets: Callable[[Collection[str]], Mapping[str, keras.Variable | Leaf]],
     in_order: Sequence[str],
     seeds: Mapping[str, keras.Variable],
+    check: Callable[[Mapping[str, np.ndarray]], list[str]] = lambda _: [],
 ) -> None:
     """Read a file of `save`, or of Keras's own layers, which number weights. Assign all or nothing.
 
     Args:
         store: The store that Keras passes to `load_own_variables`.
-        weights: Variables by their paths below the layer.
-        in_order: These paths in the order of Keras's own layers.
+        targets: Returns variables, or whole leaves, by their paths, for the paths in the file.
+        in_order: The paths of the leaves in the order of Keras's own layers.
         seeds: The states of seed generators by their names. Those that the file does not have keep their values.
+        check: Returns a line for each reason not to assign these arrays.
 
     Raises:
         ValueError: If weights are missing, not expected, or of another shape, with a line for each. Or if the file is
             damaged.
     """
     entries = _entries(store, in_order)
+    weights = targets(entries)
     # A file may claim more than it holds: links to one dataset, or one of zeros that are not stored. So names and
     # shapes are compared before anything is read, and what is read is at most what the layer has.
     if problems := _problems(entries, weights, seeds):
@@ -80,8 +84,21 @@ def load(
             "the weights in the file are not those that were written: their checksum differs. No weight has been "
             "changed. The file is damaged. Use another copy."
         )
-    for path, variable in weights.items():
-        assign(variable, _from_file(arrays[path], variable.dtype))
+    pairs: list[tuple[keras.Variable, np.ndarray]] = []
+    for path, target in weights.items():
+        if isinstance(target, Leaf):
+            arrays[path] = _from_file(arrays[path], target.stored).astype(target.stored)
+            pairs += zip(target.variables, target.split(arrays[path]), strict=True)
+        else:
+            arrays[path] = _from_file(arrays[path], target.dtype)
+            pairs.append((target, arrays[path]))
+    if lines := check(arrays):
+        raise ValueError(
+            "the weights in the file do not fit the layer. No weight has been changed.\n"
+            + "\n".join(lines)
+        )
+    for variable, array in pairs:
+        assign(variable, array)
     # The layer may have other streams than the one that wrote the file.
     for path, variable in own_seeds.items():
         if path in arrays:
@@ -107,7 +124,7 @@ def _unread(store: Any, key: str) -> Any:
 
 def _problems(
     entries: Mapping[str, tuple[str, Any]],
-    weights: Mapping[str, keras.Variable],
+    weights: Mapping[str, keras.Variable | Leaf],
     seeds: Mapping[str, keras.Variable],
 ) -> list[str]:
     """Return a line for each reason not to read the file."""
@@ -121,8 +138,9 @@ def _problems(
         shape, dtype = tuple(entry.shape), entry.dtype
         if shape != tuple(variable.shape):
             problems.append(f"  shape: {path} is {tuple(variable.shape)}, in the file {shape}")
-        if not _as_bits(dtype, variable.dtype) and not can_hold(variable.dtype, dtype):
-            problems.append(f"  dtype: {path} is {variable.dtype}, in the file {dtype}")
+        held = variable.stored if isinstance(variable, Leaf) else variable.dtype
+        if not _as_bits(dtype, held) and not can_hold(held, dtype):
+            problems.append(f"  dtype: {path} is {held}, in the file {dtype}")
     for path in entries.keys() - found:
         _, entry = entries[path]
         name = path.removeprefix(_SEEDS + "/")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jaxwrap._bridge._memory import host_copies
 from jaxwrap._dtypes import can_hold, inexact, kind
 from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array
+from jaxwrap._weights._reparametrization import Layout, RealImaginary, Reparametrization
 from jaxwrap._weights._rules import Rule
 from jaxwrap._weights._variables import Initial, array_of, dtype_of, key_impl, to_host
 
@@ -28,19 +31,19 @@ class LeafPath:
 
 @dataclasses.dataclass
 class Leaf:
-    """One array or number of a pytree, and the Keras variables that hold it.
-
-    Today each leaf is one variable. Whoever holds leaves counts `variables` all the same, since a leaf that is
-    computed from parts has several.
+    """One array or number of a pytree, and the Keras variables that hold it: one, or its parts.
 
     Attributes:
         path: Its path below the owner: `params/Dense_0/kernel`.
         dtype: The dtype that the user passed. For a PRNG key, that of its data.
         impl: The implementation of its PRNG key, if it is one.
         is_params: Whether it belongs to the parameters.
-        stored: The dtype of the variable.
+        shape: Its shape. For a PRNG key, that of its data.
+        stored: The dtype of the variable. For a leaf of parts, that of the leaf.
         cast: The dtype that JAX functions see, if it is another one.
         rule: The settings of all rules for it.
+        seed: The seed of the key of its parts.
+        layout: Its parts, once they have been made. None for one variable.
         variables: The variables, once they have been made.
     """
 
@@ -48,16 +51,20 @@ class Leaf:
     dtype: str
     impl: Any
     is_params: bool
+    shape: tuple[int, ...]
     stored: str = ""
     cast: str | None = None
     rule: Rule = dataclasses.field(default_factory=Rule)
+    seed: int = 0
+    layout: Layout | None = None
     variables: tuple[keras.Variable, ...] = ()
 
     @classmethod
     def of(cls, path: str, value: Any, is_params: bool) -> Leaf:
         """Describe a value, without variables."""
         dtype = dtype_of(value)
-        return cls(path, dtype, key_impl(value), is_params, stored=dtype)
+        shape = tuple(array_of(value).shape)
+        return cls(path, dtype, key_impl(value), is_params, shape, stored=dtype)
 
     @property
     def can_train(self) -> bool:
@@ -65,10 +72,18 @@ class Leaf:
         return self.is_params and inexact(self.dtype)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape. For a PRNG key, that of its data."""
-        (variable,) = self.variables
-        return tuple(variable.shape)
+    def form(self) -> Reparametrization | None:
+        """What computes it from parts. A complex leaf is two real ones, unless a rule says otherwise."""
+        if self.rule.reparametrize is None and self.can_train and kind(self.dtype) == "complex":
+            return RealImaginary()
+        return (self.rule.reparametrize or None) if self.can_train else None
+
+    @property
+    def names(self) -> list[str]:
+        """The path of each variable below the owner."""
+        if self.layout is None:
+            return [self.path]
+        return [f"{self.path}/{name}" for name in self.layout.names]
 
     def accepts(self, field: str, value: Any) -> bool:
         """Whether a field of a `Rule` can apply to it."""
@@ -77,17 +92,54 @@ class Leaf:
         return value is False or self.can_train
 
     def initials(self, value: Any) -> list[Initial]:
-        """Describe the variables to make."""
-        return [Initial(tuple(self.path.split("/")), value, self.stored, self.can_train)]
+        """Describe the variables to make.
+
+        Raises:
+            ValueError: If the leaf cannot be computed from parts as its rule says.
+        """
+        if self.form is None:
+            return [Initial(tuple(self.path.split("/")), value, self.stored, self.can_train)]
+        for field in ("regularizer", "constraint"):
+            if getattr(self.rule, field) is not None:
+                raise ValueError(
+                    f"the rules for {self.path} set a {field} and {type(self.form).__name__}, and its parts are not "
+                    f"what a {field} is for. Add a loss of the leaf inside the model (`CallResult(losses=...)`), or "
+                    "set `reparametrize=False`."
+                )
+        with self._explained():
+            array = jnp.asarray(array_of(value), self.stored)
+            self.layout, arrays = Layout.make(self.form, array, self._key())
+        parts = zip(self.names, arrays, self._trains(arrays), strict=True)
+        return [
+            Initial(tuple(name.split("/")), array, str(array.dtype), trains)
+            for name, array, trains in parts
+        ]
+
+    def _trains(self, arrays: Sequence[Any]) -> list[bool]:
+        """For each variable, whether it can be trained."""
+        if self.layout is None:
+            return [self.can_train]
+        frozen = zip(self.layout.frozen, arrays, strict=True)
+        return [not held and inexact(str(array.dtype)) for held, array in frozen]
+
+    def _key(self) -> Array:
+        return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(self.path.encode()))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.path}, of shape {self.shape}: {error}") from error
 
     def obey(self, rule: Rule) -> None:
         """Apply to the variables what a rule sets that can still be changed."""
         self.rule = self.rule.then(rule)
         if not self.can_train:
             return
-        for variable in self.variables:
+        for variable, trains in zip(self.variables, self._trains(self.variables), strict=True):
             if rule.trainable is not None:
-                variable.trainable = rule.trainable
+                variable.trainable = rule.trainable and trains
             if rule.regularizer is not None:
                 variable.regularizer = rule.regularizer
             if rule.constraint is not None:
@@ -96,32 +148,54 @@ class Leaf:
     def set_trainable(self, trainable: bool) -> None:
         """Set `trainable`, unless a rule freezes the leaf."""
         if self.can_train:
-            for variable in self.variables:
-                variable.trainable = trainable and self.rule.trainable is not False
+            trainable = trainable and self.rule.trainable is not False
+            for variable, trains in zip(self.variables, self._trains(self.variables), strict=True):
+                variable.trainable = trainable and trains
 
     def decode(self, arrays: Sequence[Array]) -> Array:
         """Compute the leaf, as JAX functions take it, from the values of its variables."""
-        (array,) = arrays
-        # A backend may hold a dtype that it does not have as another one.
-        array = jnp.asarray(array, self.stored)
+        if self.layout is None:
+            (array,) = arrays
+            # A backend may hold a dtype that it does not have as another one.
+            array = jnp.asarray(array, self.stored)
+        else:
+            array = self._fold(arrays)
         if self.impl is not None:
             return jax.random.wrap_key_data(array, impl=self.impl)
         # Cast in the compiled function, where it costs nothing, and gradients come back in the dtype of the variable.
         return array if self.cast is None else array.astype(self.cast)
 
+    def _fold(self, arrays: Sequence[Array]) -> Array:
+        typed = [jnp.asarray(a, v.dtype) for a, v in zip(arrays, self.variables, strict=True)]
+        return self.layout.fold(typed).astype(self.stored)  # type: ignore[union-attr]
+
     def encode(self, value: Any) -> list[Array]:
-        """Compute the values of its variables from a new leaf."""
+        """Compute the value of its one variable from a new leaf, as state has them."""
         # A Keras variable has no dtype for keys. It holds their data, which `decode` makes a key again.
         data = value if self.impl is None else jax.random.key_data(value)
         return [jnp.asarray(data, self.stored)]
 
     def read(self) -> Any:
         """Return the value as a NumPy array. A PRNG key is a JAX array."""
+        if self.layout is not None:
+            return np.asarray(self._fold([to_host(variable) for variable in self.variables]))
         (variable,) = self.variables
         value = to_host(variable)
         if self.impl is None:
             return value
         return jax.random.wrap_key_data(jnp.asarray(value), impl=self.impl)
+
+    def read_parts(self) -> Any:
+        """Return the value, or a dict of the parts, nested as they are."""
+        if self.layout is None:
+            return self.read()
+        return _nested(self.layout.names, map(to_host, self.variables))
+
+    def tree(self) -> Any:
+        """Return the variable, or a dict of the variables of the parts."""
+        if self.layout is None:
+            return self.variables[0]
+        return _nested(self.layout.names, self.variables)
 
     def placeholder(self, place: int) -> Weight:
         """Describe the leaf for a config, which holds no values."""
@@ -149,4 +223,26 @@ class Leaf:
             array = array.astype(self.stored)
         if str(array.dtype) != self.stored:
             problems.append(f"  dtype: {self.path} is {self.stored}; received {array.dtype}")
-        return [array], problems
+        if problems or self.layout is None:
+            return [array], problems
+        return self.split(array), []
+
+    def split(self, array: np.ndarray) -> list[np.ndarray]:
+        """Return the values of the parts for a new value of the leaf."""
+        present = [jnp.asarray(to_host(variable)) for variable in self.variables]
+        with self._explained():
+            new = jnp.asarray(array, self.stored)
+            made = self.layout.assign(new, present, self._key())  # type: ignore[union-attr]
+        return [np.asarray(part) for part in made]
+
+
+def _nested(names: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:
+    """Return a nested dict for paths with slashes."""
+    tree: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=True):
+        *above, last = name.split("/")
+        node = tree
+        for step in above:
+            node = node.setdefault(step, {})
+        node[last] = value
+    return tree

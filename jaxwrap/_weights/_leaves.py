@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jaxwrap._pytree import Structure, describe_difference, is_leaf_array, partition
 from jaxwrap._typing import Array, PyTree
 from jaxwrap._weights._leaf import Leaf, LeafPath
+from jaxwrap._weights._reparametrization import Tied
 from jaxwrap._weights._variables import create_variables
 
 
@@ -47,7 +48,14 @@ class Leaves:
         self.variables: list[keras.Variable] = [
             variable for place in self._order for variable in self.leaves[place].variables
         ]
-        self.tree = structure.unflatten(leaf.variables[0] for leaf in self.leaves)
+        self.tree = structure.unflatten(leaf.tree() for leaf in self.leaves)
+        places = {leaf.path: place for place, leaf in enumerate(self.leaves)}
+        # Leaves without variables, which have the value of another one.
+        self._tied = {
+            place: (leaf.form, places[leaf.form.path])
+            for place, leaf in enumerate(self.leaves)
+            if isinstance(leaf.form, Tied)
+        }
 
     @classmethod
     def create(
@@ -80,7 +88,13 @@ class Leaves:
 
     def decode_leaves(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the leaves alone, as JAX functions take them."""
-        return [leaf.decode(arrays[self._slices[n]]) for n, leaf in enumerate(self.leaves)]
+        decoded: list[Any] = [
+            None if n in self._tied else leaf.decode(arrays[self._slices[n]])
+            for n, leaf in enumerate(self.leaves)
+        ]
+        for place, (form, source) in self._tied.items():
+            decoded[place] = form.apply({"source": decoded[source]}, self.leaves[place].shape)
+        return decoded
 
     def structs(self) -> list[jax.ShapeDtypeStruct]:
         """Return the shape and dtype of each array that `decode` takes."""
@@ -120,9 +134,23 @@ class Leaves:
             raise ValueError("\n".join([problem, *lines]))
         return encoded
 
-    def read(self) -> PyTree:
-        """Return the user's pytree with NumPy arrays. PRNG keys are JAX arrays."""
-        return self.structure.unflatten(leaf.read() for leaf in self.leaves)
+    def read_leaf(self, place: int) -> Any:
+        """Return one leaf as a NumPy array. A PRNG key is a JAX array."""
+        leaf = self.leaves[place]
+        if place not in self._tied:
+            return leaf.read()
+        form, source = self._tied[place]
+        return form.apply({"source": self.leaves[source].read()}, leaf.shape)
+
+    def read(self, merged: bool = True) -> PyTree:
+        """Return the user's pytree with NumPy arrays. PRNG keys are JAX arrays.
+
+        Args:
+            merged: Whether a leaf of parts is one array. Otherwise it is a dict of its parts.
+        """
+        if not merged:
+            return self.structure.unflatten(leaf.read_parts() for leaf in self.leaves)
+        return self.structure.unflatten(map(self.read_leaf, range(len(self.leaves))))
 
     def paths(self) -> PyTree:
         """Return the user's pytree with a `LeafPath` for each array or number."""
@@ -143,8 +171,28 @@ class Leaves:
         values, received = partition(tree, is_leaf_array)
         if difference := describe_difference(self.structure, received):
             return [], [difference]
-        checked = [leaf.check(value) for leaf, value in zip(self.leaves, values, strict=True)]
-        return (
-            [array for arrays, _ in checked for array in arrays],
-            [line for _, lines in checked for line in lines],
-        )
+        pairs = list(enumerate(zip(self.leaves, values, strict=True)))
+        checked = [leaf.check(value) for n, (leaf, value) in pairs if n not in self._tied]
+        lines = [line for _, lines in checked for line in lines]
+        if not lines:
+            lines = self.check_tied(
+                dict(zip((leaf.path for leaf in self.leaves), values, strict=True))
+            )
+        return [array for arrays, _ in checked for array in arrays], lines
+
+    def check_tied(self, values: Mapping[str, Any]) -> list[str]:
+        """Return a line for each tied leaf whose value is not that of its source.
+
+        Args:
+            values: The values by path. Paths may be missing.
+        """
+        lines = []
+        for place, (form, source) in self._tied.items():
+            leaf, other = self.leaves[place], self.leaves[source]
+            if leaf.path not in values:
+                continue
+            of_source = values[other.path] if other.path in values else other.read()
+            expected = form.apply({"source": np.asarray(of_source)}, leaf.shape)
+            if not np.array_equal(expected, np.asarray(values[leaf.path])):
+                lines.append(f"  tied: {leaf.path} must be equal to {other.path}")
+        return lines

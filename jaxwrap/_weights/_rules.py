@@ -12,6 +12,7 @@ import keras
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._serialization import deserialize, serialize, serialize_callable
 from jaxwrap._weights._patterns import compile_pattern, match
+from jaxwrap._weights._reparametrization import Reparametrization
 
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
@@ -25,6 +26,8 @@ class Rule:
         autocast: Whether a float leaf of the parameters is cast to the compute dtype for a call. State never is.
         regularizer: A Keras regularizer, its name or its config, whose loss `fit` adds.
         constraint: A Keras constraint, its name or its config, which optimizers apply after each update.
+        reparametrize: A `Reparametrization`: the leaf is computed from parts. False for a leaf that is a plain
+            variable, which `quantize` leaves alone.
 
     Raises:
         TypeError: For a field of another type.
@@ -44,6 +47,7 @@ class Rule:
     autocast: bool | None = None
     regularizer: Any = None
     constraint: Any = None
+    reparametrize: Any = None
 
     def __post_init__(self) -> None:
         for name in ("trainable", "autocast"):
@@ -53,6 +57,13 @@ class Rule:
             name = self.dtype if isinstance(self.dtype, str) else jnp.dtype(self.dtype).name
             check_dtype(name)
             object.__setattr__(self, "dtype", name)
+        if self.reparametrize not in (None, False) and not isinstance(
+            self.reparametrize, Reparametrization
+        ):
+            raise TypeError(
+                "Rule: `reparametrize` must be a `jaxwrap.Reparametrization`, such as "
+                f"`jaxwrap.reparametrizations.LoRA(8)`, or False; received {self.reparametrize!r}."
+            )
         # Resolved now: a wrong name should fail here, and not when a layer is built.
         object.__setattr__(self, "regularizer", keras.regularizers.get(self.regularizer))
         object.__setattr__(self, "constraint", keras.constraints.get(self.constraint))

@@ -59,7 +59,7 @@ class State:
         order = sorted(places, key=lambda place: rank(names[place])) if rank else places
         paths = unique_names([(root, *path) for path in names])
         leaves = [
-            Leaf("/".join(path), array.dtype.name, impl, False, stored=array.dtype.name)
+            Leaf("/".join(path), array.dtype.name, impl, False, array.shape, array.dtype.name)
             for path, array, impl in zip(paths, arrays, impls, strict=True)
         ]
         # Copies on the host: on JAX, `fit` donates and deletes the buffers of variables.

@@ -33,12 +33,23 @@ class Initial(NamedTuple):
     trainable: bool
 
 
-def create_variables(owner: Any, initials: Sequence[Initial]) -> list[keras.Variable]:
-    """Create variables that are named by paths below their owner, with copies of values."""
+def create_variables(
+    owner: Any, initials: Sequence[Initial], outer: Sequence[str] = ()
+) -> list[keras.Variable]:
+    """Create variables that are named by paths below their owner, with copies of values.
+
+    Args:
+        owner: Its name begins the paths.
+        initials: The variables.
+        outer: Names above the owner, which the scopes of its first variables had.
+    """
     copies = get_bridge().copies([array_of(initial.value) for initial in initials])
     variables = []
     # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
-    with keras.name_scope(owner.name, caller=owner):
+    with contextlib.ExitStack() as above:
+        for scope in outer:
+            above.enter_context(keras.name_scope(scope))
+        above.enter_context(keras.name_scope(owner.name, caller=owner))
         for scopes, together in itertools.groupby(initials, lambda initial: initial.path[:-1]):
             with contextlib.ExitStack() as stack:
                 for scope in scopes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +20,10 @@ from jaxwrap._weights._leaf import Leaf
 from jaxwrap._weights._leaves import Leaves
 from jaxwrap._weights._names import unique_names
 from jaxwrap._weights._patterns import match
+from jaxwrap._weights._reparametrization import Tied
 from jaxwrap._weights._rules import Rule, Rules
 from jaxwrap._weights._table import WeightRow, WeightTable
-from jaxwrap._weights._variables import assign
+from jaxwrap._weights._variables import assign, create_variables
 
 Join = Callable[[PyTree, PyTree], PyTree]
 
@@ -60,7 +63,13 @@ class Weights:
     """
 
     def __init__(
-        self, owner: Any, trees: tuple[PyTree, PyTree], join: Join, rules: Rules, dtypes: Dtypes
+        self,
+        owner: Any,
+        trees: tuple[PyTree, PyTree],
+        join: Join,
+        rules: Rules,
+        dtypes: Dtypes,
+        seed: int,
     ):
         """Make the variables, once it is sure that all of them can be made.
 
@@ -70,6 +79,7 @@ class Weights:
             join: Makes one pytree of both, which gives each leaf its path.
             rules: The rules for leaves. `freeze` adds to them.
             dtypes: The dtypes of float leaves.
+            seed: The seed of parts that are drawn.
 
         Raises:
             ValueError: If a rule matches no leaf, or none that it can apply to.
@@ -87,8 +97,9 @@ class Weights:
         # Before the first variable, so that an error leaves nothing behind.
         check_rules(rules, self.leaves)
         for leaf, rule in zip(self.leaves, resolved, strict=True):
-            leaf.rule = rule
+            leaf.rule, leaf.seed = rule, seed
             dtypes.apply(leaf)
+        _check_tied(self.leaves)
         split = self.leaves[:count], self.leaves[count:]
         self.params, self.state = (
             Leaves.create(owner, structure, leaves, part)
@@ -111,7 +122,69 @@ class Weights:
 
     def by_path(self) -> dict[str, keras.Variable]:
         """Return the variables by their paths below the owner."""
-        return {leaf.path: variable for leaf in self.leaves for variable in leaf.variables}
+        return {
+            name: variable
+            for leaf in self.leaves
+            for name, variable in zip(leaf.names, leaf.variables, strict=True)
+        }
+
+    def targets(self, present: Collection[str]) -> dict[str, keras.Variable | Leaf]:
+        """Return what a file with these names is read into: variables by their paths, and leaves of parts as wholes.
+
+        A file from before a leaf had parts, or from elsewhere, holds the leaf itself.
+        """
+        targets: dict[str, keras.Variable | Leaf] = {}
+        for leaf in self.leaves:
+            if leaf.layout is not None and leaf.path in present:
+                targets[leaf.path] = leaf
+            else:
+                targets |= dict(zip(leaf.names, leaf.variables, strict=True))
+        return targets
+
+    def matching(self, pattern: str) -> list[Leaf]:
+        """Return the leaves that a pattern matches. ValueError if there are none."""
+        return [self.leaves[index] for index in match(pattern, [leaf.path for leaf in self.leaves])]
+
+    def rebuild(self, owner: Any, pairs: Sequence[tuple[str, Rule]]) -> list[keras.Variable]:
+        """Add rules, and make the variables of the leaves that they match again, with the present values.
+
+        Args:
+            owner: See `__init__`.
+            pairs: Patterns and rules that set `reparametrize`.
+
+        Returns:
+            The variables that are no longer used.
+
+        Raises:
+            ValueError: If a rule matches no leaf, or none that it can apply to. Nothing has changed then.
+        """
+        check_rules(Rules(pairs), self.leaves)
+        leaves = list(self.params.leaves)
+        changed = set()
+        for pattern, rule in pairs:
+            for place in match(pattern, [leaf.path for leaf in self.leaves]):
+                if place < len(leaves) and leaves[place].can_train:
+                    changed.add(place)
+                    leaf = leaves[place]
+                    leaves[place] = dataclasses.replace(
+                        leaf, rule=leaf.rule.then(rule), layout=None
+                    )
+        _check_tied([*leaves, *self.state.leaves])
+        order = sorted(changed)
+        # All parts before the first variable, so that an error changes nothing.
+        initials = [leaves[place].initials(self.params.read_leaf(place)) for place in order]
+        name, variable = next(iter(self.by_path().items()))
+        *outer, _ = variable.path.removesuffix(f"/{name}").split("/")
+        made = iter(create_variables(owner, [one for part in initials for one in part], outer))
+        removed = [v for place in order for v in self.params.leaves[place].variables]
+        for place, part in zip(order, initials, strict=True):
+            leaves[place].variables = tuple(itertools.islice(made, len(part)))
+        self.params = Leaves(self.params.structure, leaves)
+        self.leaves = [*leaves, *self.state.leaves]
+        for place in order:
+            leaves[place].obey(leaves[place].rule)
+        self._rules.pairs += pairs
+        return removed
 
     # Training.
 
@@ -174,9 +247,30 @@ def check_rules(rules: Rules, leaves: Sequence[Leaf]) -> None:
                 raise ValueError(
                     f"the rule for {pattern!r} sets {field}={value!r}, which applies to none of the leaves that it "
                     f"matches: {', '.join(f'{leaf.path} ({leaf.dtype})' for leaf in matched[:5])}. "
-                    "`trainable`, `autocast`, `regularizer` and `constraint` are for float leaves of the parameters, "
+                    "All fields but `dtype` are for float leaves of the parameters, "
                     "`dtype` for leaves of its own kind: a float dtype for float leaves."
                 )
+
+
+def _check_tied(leaves: Sequence[Leaf]) -> None:
+    """Raise ValueError for a tied leaf whose other leaf does not exist, is tied itself, or has another shape."""
+    by_path = {leaf.path: leaf for leaf in leaves if leaf.is_params}
+    for leaf in leaves:
+        if not isinstance(form := leaf.form, Tied):
+            continue
+        other = by_path.get(form.path)
+        if other is None or isinstance(other.form, Tied):
+            problem = "no leaf of the parameters" if other is None else "tied itself"
+            raise ValueError(
+                f"{leaf.path} is tied to {form.path!r}, which is {problem}. The paths are "
+                f"{', '.join(list(by_path)[:10])}."
+            )
+        shape = other.shape[::-1] if form.transpose else other.shape
+        if (shape, other.stored) != (leaf.shape, leaf.stored):
+            raise ValueError(
+                f"{leaf.path} is {leaf.stored}{leaf.shape}, and {form.path}, which it is tied to"
+                f"{', transposed' if form.transpose else ''}, {other.stored}{shape}. Tie leaves of one shape and dtype."
+            )
 
 
 class _Place:

@@ -1,0 +1,106 @@
+"""What users do with the weights of a layer: freeze, read, write, and put other parts underneath."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxwrap._errors import door
+from jaxwrap._layer import _rebuild
+from jaxwrap._typing import PyTree
+from jaxwrap._weights import Reparametrization
+from jaxwrap._weights._table import WeightTable
+
+
+class Weighted:
+    """The methods of a layer for its weights."""
+
+    # The layer defines it.
+    _engine: Any
+
+    @door
+    def freeze(self, pattern: str) -> None:
+        """Stop training the parameters whose paths a regular expression matches. Compile a compiled model again."""
+        self._engine.built_weights().freeze(pattern)
+
+    @door
+    def unfreeze(self, pattern: str) -> None:
+        """Train parameters again. The opposite of `freeze`. Parts that are never trained stay frozen."""
+        self._engine.built_weights().freeze(pattern, trainable=True)
+
+    @door
+    def reparametrize(self, pattern: str, reparametrization: Reparametrization) -> None:
+        """Compute the parameters that a pattern matches from parts, which start with the present values.
+
+        The layer has other variables then. Compile a compiled model again.
+
+        Args:
+            pattern: A regular expression for whole paths below the layer: `".*/kernel"`.
+            reparametrization: Such as `jaxwrap.reparametrizations.LoRA(8)`. A leaf that has parts already is merged
+                before.
+
+        Raises:
+            ValueError: If the layer is not built, the pattern matches no parameter, or a leaf cannot be computed from
+                such parts. Nothing has changed then.
+
+        Example:
+            >>> import flax.linen as nn, numpy as np, jaxwrap
+            >>> layer = jaxwrap.FlaxLayer(nn.Dense(4), name="dense")
+            >>> before = layer(np.ones((1, 3), "float32"))
+            >>> layer.reparametrize(".*/kernel", jaxwrap.reparametrizations.LoRA(rank=2))
+            >>> after = layer(np.ones((1, 3), "float32"))
+            >>> [weight.name for weight in layer.trainable_weights], bool((before == after).all())
+            (['bias', 'a', 'b'], True)
+        """
+        _rebuild.reparametrize(self._engine, pattern, reparametrization)
+
+    @door
+    def merge(self, pattern: str = ".*") -> None:
+        """Make plain variables of the parameters that a pattern matches, with their present values.
+
+        The layer has other variables then. Compile a compiled model again.
+
+        Raises:
+            ValueError: If the layer is not built, or none of the parameters that match has parts.
+        """
+        _rebuild.merge(self._engine, pattern)
+
+    @door
+    def quantize(
+        self, mode: str | None = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Make integers of the float parameters with two axes or more: what `keras.Model.quantize` calls.
+
+        Only weights become integers, not activations. A leaf that a rule reparametrizes, or for which a rule says
+        `reparametrize=False`, stays as it is.
+
+        Args:
+            mode: "int8" or "int4": see `jaxwrap.reparametrizations`.
+            type_check: Ignored.
+            config: Must be the mode's default.
+
+        Raises:
+            NotImplementedError: For another mode. Keras makes a warning of it.
+        """
+        _rebuild.quantize(self._engine, mode)
+
+    @door
+    def weight_table(self) -> WeightTable:
+        """Return path, shape, dtype, `trainable` and size of each weight, as a tuple that prints as a table."""
+        return self._engine.built_weights().table(self.trainable_variables)  # type: ignore[attr-defined]
+
+    @door
+    def get_variables(self, merged: bool = True) -> PyTree:
+        """Return the weights as the library has them, with NumPy arrays. PRNG keys are JAX arrays.
+
+        Args:
+            merged: Whether a reparametrized leaf is one array. Otherwise it is a dict of its parts.
+        """
+        weights = self._engine.built_weights()
+        params = weights.params.read(merged)
+        return self._engine.adapter.join(params, weights.state.read())
+
+    @door
+    def set_variables(self, variables: PyTree) -> None:
+        """Assign a pytree as `get_variables` returns it, of any arrays. ValueError if it does not fit the weights."""
+        engine = self._engine
+        engine.built_weights().write(*engine.adapter.split(variables))

@@ -1,0 +1,472 @@
+"""Leaves that are computed from parts: every built-in over models of every library, files, and a class of one's own."""
+
+import dataclasses
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import keras
+import models
+import numpy as np
+import optax
+import pytest
+from backends import to_numpy
+from zoo import ZOO
+
+import jaxwrap
+from jaxwrap import FlaxLayer, JaxLayer, OptaxOptimizer, Rule
+from jaxwrap._weights._variables import to_host
+from jaxwrap.reparametrizations import (
+    Float8,
+    Int4,
+    Int8,
+    LoRA,
+    Masked,
+    SpectralNorm,
+    Tied,
+    WeightNorm,
+)
+
+
+@jaxwrap.register_serializable("tests")
+def keeps_half(leaf):
+    return jnp.abs(leaf) >= jnp.median(jnp.abs(leaf))
+
+
+@jaxwrap.register_serializable("tests")
+@dataclasses.dataclass(frozen=True)
+class Scaled(jaxwrap.Reparametrization):
+    frozen = ("direction",)
+
+    def init(self, leaf, key):
+        return {"direction": leaf, "scale": jnp.ones((), leaf.dtype)}
+
+    def apply(self, parts, shape):
+        return parts["direction"] * parts["scale"]
+
+
+# The form, the relative error of a leaf at the start (None if it is another leaf), and the parts that are trained.
+FORMS = {
+    "lora": (LoRA(2), 0.0, {"a", "b"}),
+    "lora with alpha": (LoRA(2, alpha=8, inputs=1), 0.0, {"a", "b"}),
+    "qlora": (LoRA(2, base=Int8()), 2e-2, {"a", "b"}),
+    "int8": (Int8(), 2e-2, set()),
+    "int4": (Int4(), 0.2, set()),
+    "float8": (Float8(), 0.1, set()),
+    "weight norm": (WeightNorm(), 0.0, {"direction", "scale"}),
+    "spectral norm": (SpectralNorm(), None, {"weight"}),
+    "masked": (Masked(keeps_half), None, {"weight"}),
+    "own": (Scaled(), 0.0, {"scale"}),
+}
+LIBRARIES = {
+    "function": (
+        lambda **kw: JaxLayer(models.mlp_call, models.mlp_init, **kw),
+        models.x(4, 5),
+    ),
+    "linen": (ZOO["linen transformer"].make, ZOO["linen transformer"].inputs),
+    "nnx": (ZOO["nnx attention"].make, ZOO["nnx attention"].inputs),
+    "haiku": (ZOO["haiku lstm"].make, ZOO["haiku lstm"].inputs),
+    "equinox": (ZOO["equinox mlp"].make, ZOO["equinox mlp"].inputs),
+}
+
+
+def kernels(layer):
+    """The paths of the float parameters with two axes or more."""
+    leaves = layer._engine.built_weights().params.leaves
+    return [leaf.path for leaf in leaves if len(leaf.shape) > 1 and leaf.can_train]
+
+
+def pair(library, form):
+    """A layer of a library, and the same one with a form for its kernels; the paths of the kernels, and inputs."""
+    make, inputs = LIBRARIES[library]
+    base = make(seed=0)
+    base(inputs)
+    paths = kernels(base)
+    changed = make(seed=0, rules=[(re.escape(path), Rule(reparametrize=form)) for path in paths])
+    changed(inputs)
+    return base, changed, paths, inputs
+
+
+def leaves_of(layer):
+    weights = layer._engine.built_weights()
+    return {leaf.path: weights.params.read_leaf(n) for n, leaf in enumerate(weights.params.leaves)}
+
+
+def values(layer):
+    return {variable.path: to_host(variable) for variable in layer.weights}
+
+
+def train(layer, inputs, steps=2, optimizer=None):
+    # `keras.Sequential` would know the layer as its own, and give the variables other paths.
+    start = keras.Input(inputs.shape[1:], batch_size=len(inputs), dtype=str(inputs.dtype))
+    model = keras.Model(start, layer(start, training=True))
+    model.compile(optimizer or keras.optimizers.SGD(0.1), "mse")
+    outputs = to_numpy(model(inputs))
+    for _ in range(steps):
+        model.train_on_batch(inputs, np.ones_like(outputs))
+    return model
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", FORMS)
+def test_leaves_and_outputs_at_the_start(name, library):
+    form, error, _ = FORMS[name]
+    base, changed, paths, inputs = pair(library, form)
+    before, after = leaves_of(base), leaves_of(changed)
+    assert before.keys() == after.keys()
+    for path in before:
+        if error is None and path in paths:
+            continue
+        scale = np.abs(before[path]).max() if path in paths else 0
+        np.testing.assert_allclose(after[path], before[path], 0, (error or 0) * scale, err_msg=path)
+    if error == 0:
+        one, two = (to_numpy(layer(inputs)) for layer in (base, changed))
+        np.testing.assert_allclose(two, one, 1e-6, 1e-6)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", ["lora", "qlora", "weight norm", "masked"])
+def test_training_moves_the_named_parts_alone_and_merging_keeps_the_model(name, library):
+    form, _, trained = FORMS[name]
+    _, layer, paths, inputs = pair(library, form)
+    before = values(layer)
+    model = train(layer, inputs)
+    after = values(layer)
+    moved = {path for path in before if (before[path] != after[path]).any()}
+    for path in paths:
+        own = {variable for variable in before if f"/{path}/" in f"/{variable}"}
+        parts = {variable.rpartition("/")[2]: variable for variable in own}
+        assert trained <= parts.keys()
+        held = {variable for part, variable in parts.items() if part not in trained}
+        assert not held & moved
+    assert any(path.rpartition("/")[2] in trained for path in moved)
+    trainable = {variable.path for variable in layer.trainable_variables}
+    assert len(model.optimizer.variables) <= len(trainable) + 3
+    outputs = to_numpy(layer(inputs))
+    layer.merge()
+    np.testing.assert_allclose(to_numpy(layer(inputs)), outputs, 1e-5, 1e-6)
+    assert len(layer.weights) == len(pair(library, form)[0].weights)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("name", ["lora", "qlora", "weight norm", "spectral norm", "masked", "own"])
+def test_gradients_are_those_of_jax(name):
+    form, _, trained = FORMS[name]
+    inputs = models.x(4, 5)
+    _, layer, _, _ = pair("function", form)
+    parts = jax.tree.map(jnp.asarray, layer.get_variables(merged=False))["params"]
+    shapes = jax.tree.map(
+        np.shape, layer.get_variables()["params"], is_leaf=lambda x: hasattr(x, "shape")
+    )
+
+    def fold(node, shape, form=form):
+        if not isinstance(node, dict):
+            return node
+        inner = {k: fold(v, shape, getattr(form, k, None)) for k, v in node.items()}
+        return form.apply(inner, shape)
+
+    def loss(parts):
+        params = [
+            {key: fold(leaf[key], shape[key]) for key in leaf}
+            for leaf, shape in zip(parts, shapes, strict=True)
+        ]
+        return ((models.mlp_call(params, inputs) - 1) ** 2).mean()
+
+    gradients = jax.grad(loss, allow_int=True)(parts)
+    before = layer.get_variables(merged=False)["params"]
+    train(layer, inputs, steps=1, optimizer=keras.optimizers.SGD(1.0))
+    after = layer.get_variables(merged=False)["params"]
+    for (path, gradient), old, new in zip(
+        jax.tree_util.tree_leaves_with_path(gradients),
+        jax.tree.leaves(before),
+        jax.tree.leaves(after),
+        strict=True,
+    ):
+        part = path[-1].key
+        if part in trained or (part == "b" and len(path) == 2):
+            np.testing.assert_allclose(old - new, gradient, 1e-4, 1e-5, err_msg=str(path))
+        else:
+            np.testing.assert_array_equal(old, new, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_keras_file_keeps_the_parts(name, tmp_path):
+    layer = FlaxLayer(
+        nn.Dense(4), name="dense", rules={".*/kernel": Rule(reparametrize=FORMS[name][0])}
+    )
+    model = keras.Sequential([keras.Input((6,)), layer])
+    for variable in layer.trainable_variables:
+        variable.assign(to_numpy(variable.value) + 0.5)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for one, two in zip(layer.weights, loaded.layers[-1].weights, strict=True):
+        assert one.path.endswith(two.path.partition("dense/")[2])
+        np.testing.assert_array_equal(to_host(one), to_host(two), err_msg=one.path)
+    inputs = models.x(3, 6)
+    np.testing.assert_allclose(to_numpy(loaded(inputs)), to_numpy(model(inputs)), 1e-6, 1e-6)
+
+
+def dense(form=None, seed=0):
+    rules = {".*/kernel": Rule(reparametrize=form)} if form else None
+    layer = FlaxLayer(nn.Dense(4), name="dense", rules=rules, seed=seed)
+    return keras.Sequential([keras.Input((6,)), layer], name="model"), layer
+
+
+@pytest.mark.parametrize("form", [LoRA(2), Int8(), LoRA(2, base=Int4())])
+def test_a_base_file_loads_into_parts_and_a_merged_one_back(form, tmp_path):
+    path, inputs = tmp_path / "base.weights.h5", models.x(3, 6)
+    base, _ = dense()
+    base.save_weights(path)
+    changed, layer = dense(form, seed=1)
+    changed.load_weights(path)
+    error = 0.2 if isinstance(form, LoRA) and form.base else 2e-2 * (not isinstance(form, LoRA))
+    np.testing.assert_allclose(
+        to_numpy(changed(inputs)), to_numpy(base(inputs)), error, error + 1e-6
+    )
+    own = tmp_path / "own.weights.h5"
+    changed.save_weights(own)
+    before = values(base.layers[-1])
+    with pytest.raises(
+        ValueError, match=r"(?s)missing: params/kernel\n.*unexpected: params/kernel/"
+    ):
+        base.load_weights(own)
+    for name, value in values(base.layers[-1]).items():
+        np.testing.assert_array_equal(value, before[name])
+    layer.merge()
+    changed.save_weights(own)
+    base.load_weights(own)
+    np.testing.assert_allclose(to_numpy(base(inputs)), to_numpy(changed(inputs)), 1e-6, 1e-6)
+
+
+def test_variables_are_read_and_written_as_leaves():
+    _, layer = dense(LoRA(2, base=Int8()))
+    folded = layer.get_variables()["params"]["kernel"]
+    assert (folded.shape, folded.dtype) == ((6, 4), "float32")
+    parts = layer.get_variables(merged=False)["params"]["kernel"]
+    assert jax.tree.map(np.shape, parts, is_leaf=lambda x: hasattr(x, "shape")) == {
+        "base": {"values": (6, 4), "scale": (1, 4)},
+        "a": (6, 2),
+        "b": (2, 4),
+    }
+    new = {"params": {"kernel": models.x(6, 4), "bias": np.ones(4, "float32")}}
+    layer.set_variables(new)
+    np.testing.assert_allclose(
+        layer.get_variables()["params"]["kernel"], new["params"]["kernel"], 0, 2e-2
+    )
+    before = values(layer)
+    with pytest.raises(ValueError, match=r"shape: params/kernel is \(6, 4\); received \(4, 6\)"):
+        layer.set_variables({"params": {**new["params"], "kernel": models.x(4, 6)}})
+    for path, value in values(layer).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+def test_unfreezing_everything_thaws_no_frozen_part():
+    _, layer = dense(LoRA(2))
+    layer.freeze(".*")
+    assert not layer.trainable_variables
+    layer.unfreeze(".*")
+    assert {v.name for v in layer.trainable_variables} == {"a", "b", "bias"}
+    layer.trainable = False
+    layer.trainable = True
+    assert {v.name for v in layer.trainable_variables} == {"a", "b", "bias"}
+
+
+@pytest.mark.parametrize("form", [LoRA(2), Int8(), Masked(keeps_half)])
+def test_after_building_and_back(form, tmp_path):
+    model, layer = dense()
+    inputs = models.x(3, 6)
+    kernel = layer.get_variables()["params"]["kernel"]
+    layer.reparametrize(".*/kernel", form)
+    made = dense(form)[1]
+    assert [v.path for v in made.weights] == [v.path for v in layer.weights]
+    np.testing.assert_allclose(
+        layer.get_variables()["params"]["kernel"], made.get_variables()["params"]["kernel"], 1e-6
+    )
+    outputs = to_numpy(model(inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(to_numpy(loaded(inputs)), outputs, 1e-6, 1e-6)
+    layer.merge(".*/kernel")
+    assert [v.path for v in layer.weights] == [
+        "model/dense/params/bias",
+        "model/dense/params/kernel",
+    ]
+    np.testing.assert_allclose(to_numpy(model(inputs)), outputs, 1e-6, 1e-6)
+    if isinstance(form, LoRA):
+        np.testing.assert_array_equal(layer.get_variables()["params"]["kernel"], kernel)
+    with pytest.raises(ValueError, match=r"FlaxLayer 'dense': none of the leaves .* has parts"):
+        layer.merge()
+
+
+def test_what_cannot_be_is_refused_and_changes_nothing():
+    _, layer = dense()
+    before = values(layer)
+    for pattern, form, problem in (
+        (".*", LoRA(2), r"params/bias, of shape \(4,\): LoRA needs a leaf of two axes"),
+        (".*/kernel", LoRA(2, inputs=2), r"params/kernel, .* inputs=2"),
+        (".*/krnl", LoRA(2), "does not match any.*params/kernel"),
+        (".*/kernel", Masked(np.ones(3, bool)), r"the leaf's shape, \(6, 4\); received \(3,\)"),
+        (".*/kernel", Tied("params/other"), "tied to 'params/other', which is no leaf"),
+        (".*/kernel", Tied("params/bias"), r"float32\(6, 4\).*float32\(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)FlaxLayer 'dense': .*{problem}"):
+            layer.reparametrize(pattern, form)
+        assert {path: v.tobytes() for path, v in values(layer).items()} == {
+            path: v.tobytes() for path, v in before.items()
+        }
+    rules = {".*/kernel": Rule(reparametrize=LoRA(2), regularizer="l2")}
+    with pytest.raises(ValueError, match=r"params/kernel set a regularizer and LoRA.*CallResult"):
+        FlaxLayer(nn.Dense(4), rules=rules).build((1, 6))
+    with pytest.raises(TypeError, match=r"must be a `jaxwrap.Reparametrization`.*received 8"):
+        Rule(reparametrize=8)
+
+
+class LanguageModel(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(11, use_bias=False, name="head")(nn.Embed(11, 4, name="embed")(tokens))
+
+
+jaxwrap.register_serializable("tests")(LanguageModel)
+
+
+def test_tied_leaves_are_one(tmp_path, backend):
+    rules = {"params/head/kernel": Rule(reparametrize=Tied("params/embed/embedding", True))}
+    layer = FlaxLayer(LanguageModel(), name="lm", rules=rules)
+    inputs = np.arange(6, dtype="int32").reshape(2, 3)
+    start = keras.Input((3,), dtype="int32")
+    model = keras.Model(start, layer(start))
+    assert [v.path for v in layer.weights] == ["lm/params/embed/embedding"]
+
+    def expected():
+        embedding = layer.get_variables()["params"]["embed"]["embedding"]
+        np.testing.assert_array_equal(
+            layer.get_variables()["params"]["head"]["kernel"], embedding.T
+        )
+        return embedding[inputs] @ embedding.T
+
+    np.testing.assert_allclose(to_numpy(model(inputs)), expected(), 1e-5, 1e-5)
+    if backend.trains:
+        model.compile("sgd", "mse")
+        model.train_on_batch(inputs, np.ones((2, 3, 11), "float32"))
+        np.testing.assert_allclose(to_numpy(model(inputs)), expected(), 1e-5, 1e-5)
+    model.save(tmp_path / "lm.keras")
+    loaded = keras.models.load_model(tmp_path / "lm.keras")
+    np.testing.assert_allclose(to_numpy(loaded(inputs)), to_numpy(model(inputs)), 1e-6)
+    other = layer.get_variables()
+    other["params"]["head"]["kernel"] = other["params"]["head"]["kernel"] + 1
+    with pytest.raises(ValueError, match="tied: params/head/kernel must be equal to params/embed/"):
+        layer.set_variables(other)
+
+
+def modulus(params, inputs):
+    return abs(inputs * params["w"])
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_complex_parameters_descend_as_two_real_ones(optimizer):
+    w = np.array([1 + 2j, -3 + 0.5j, 2 - 1j], "complex64")
+    layer = JaxLayer(modulus, params={"w": w})
+    inputs, target = models.x(8, 3), np.zeros((8, 3), "float32")
+    rate, make = {"sgd": (0.1, optax.sgd), "adam": (0.01, optax.adam)}[optimizer]
+    made = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}[optimizer](rate)
+    parts, transformation = (jnp.real(w), jnp.imag(w)), make(rate)
+    state = transformation.init(parts)
+    for _ in range(3):
+        gradients = jax.grad(
+            lambda parts: (modulus({"w": jax.lax.complex(*parts)}, inputs) ** 2).mean()
+        )(parts)
+        updates, state = transformation.update(gradients, state)
+        parts = optax.apply_updates(parts, updates)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.compile(made, "mse")
+    for _ in range(3):
+        model.train_on_batch(inputs, target)
+    result = layer.get_variables()["params"]["w"]
+    assert result.dtype == "complex64"
+    np.testing.assert_allclose(result, parts[0] + 1j * parts[1], 1e-4, 1e-4)
+
+
+def test_keras_quantizes_a_mixed_model(tmp_path):
+    def make():
+        start = keras.Input((64,))
+        hidden = keras.layers.Dense(64, name="keras")(start)
+        rules = {"params/kernel": Rule(reparametrize=False)}
+        hidden = FlaxLayer(nn.Dense(64), name="plain", rules=rules)(hidden)
+        return keras.Model(start, FlaxLayer(nn.Dense(64, use_bias=False), name="own")(hidden))
+
+    def size(layer):
+        return sum(np.dtype(v.dtype).itemsize * int(np.prod(v.shape)) for v in layer.weights)
+
+    for mode, dtype, most in (("int8", "int8", 0.27), ("int4", "uint8", 0.17)):
+        model = make()
+        inputs = models.x(3, 64)
+        before = to_numpy(model(inputs))
+        full = size(model.get_layer("own"))
+        model.quantize(mode)
+        own, plain = model.get_layer("own"), model.get_layer("plain")
+        assert [v.dtype for v in own.weights] == [dtype, "float32"]
+        assert {v.dtype for v in plain.weights} == {"float32"}
+        assert size(own) <= most * full
+        after = to_numpy(model(inputs))
+        assert (
+            np.abs(after - before).max() < {"int8": 0.1, "int4": 0.5}[mode] * np.abs(before).max()
+        )
+        model.save(tmp_path / "q.keras")
+        loaded = keras.models.load_model(tmp_path / "q.keras")
+        np.testing.assert_allclose(to_numpy(loaded(inputs)), after, 1e-5, 1e-5)
+
+
+def test_mixed_precision_leaves_scales_alone():
+    rules = {".*/kernel": Rule(reparametrize=Int8())}
+    seen = []
+
+    def call(params, inputs):
+        seen.append(str(params["kernel"].dtype))
+        return inputs @ params["kernel"]
+
+    layer = JaxLayer(call, params={"kernel": models.x(6, 4)}, rules=rules, dtype="mixed_bfloat16")
+    layer(models.x(3, 6))
+    assert [v.dtype for v in layer.weights] == ["int8", "float32"]
+    assert set(seen) == {"bfloat16"}
+
+
+@pytest.mark.trains
+def test_optax_by_part():
+    _, layer = dense(LoRA(2))
+
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "slow" if path[-1].key == "a" else "fast", params
+        )
+
+    optimizer = OptaxOptimizer(
+        optax.multi_transform({"slow": optax.set_to_zero(), "fast": optax.sgd(0.1)}, labels)
+    )
+    before = values(layer)
+    train(layer, models.x(3, 6), optimizer=optimizer)
+    moved = {
+        path.rpartition("/")[2]
+        for path, value in values(layer).items()
+        if (value != before[path]).any()
+    }
+    assert moved == {"b", "bias"}
+
+
+@pytest.mark.trains
+def test_a_compiled_model_has_to_be_compiled_again():
+    model, layer = dense()
+    inputs, target = models.x(3, 6), np.ones((3, 4), "float32")
+    model.compile("adam", "mse")
+    model.fit(inputs, target, verbose=0)
+    layer.reparametrize(".*/kernel", LoRA(2))
+    before = to_numpy(model(inputs))
+    np.testing.assert_allclose(model.predict(inputs, verbose=0), before, 1e-6, 1e-6)
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(inputs, target, verbose=0)
+    np.testing.assert_array_equal(to_numpy(model(inputs)), before)
+    model.compile("adam", "mse")
+    model.fit(inputs, target, verbose=0)
