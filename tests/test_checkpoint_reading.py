@@ -40,14 +40,14 @@ def values(layer):
 
 def load_while(layer, path, monkeypatch, change):
     """Load, and make a change when the first weight is assigned."""
-    own, changes = checkpoints.assign, [change]
+    own, changes = checkpoints._owner.assign, [change]
 
     def assign(variable, value):
         own(variable, value)
         if changes:
             changes.pop()()
 
-    monkeypatch.setattr(checkpoints, "assign", assign)
+    monkeypatch.setattr(checkpoints._owner, "assign", assign)
     checkpoints.load(layer, path)
     assert not changes
 

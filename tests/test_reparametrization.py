@@ -15,7 +15,7 @@ from backends import to_numpy
 from zoo import ZOO
 
 import jaxwrap
-from jaxwrap import FlaxLayer, JaxLayer, OptaxOptimizer, Rule
+from jaxwrap import FlaxLayer, JaxLayer, OptaxOptimizer, Rule, checkpoints
 from jaxwrap._weights._variables import to_host
 from jaxwrap.reparametrizations import (
     Float8,
@@ -262,6 +262,58 @@ def test_variables_are_read_and_written_as_leaves():
         np.testing.assert_array_equal(value, before[path])
 
 
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "msgpack", "eqx"])
+def test_checkpoints_hold_leaves(suffix, tmp_path):
+    _, base = dense(seed=3)
+    _, layer = dense(LoRA(2, base=Int8()))
+    path = tmp_path / f"base.{suffix}"
+    checkpoints.save(base, path)
+    checkpoints.load(layer, path)
+    kernel = base.get_variables()["params"]["kernel"]
+    np.testing.assert_allclose(layer.get_variables()["params"]["kernel"], kernel, 0, 2e-2)
+    checkpoints.save(layer, path)
+    checkpoints.load(base, path)
+    np.testing.assert_allclose(
+        base.get_variables()["params"]["kernel"], layer.get_variables()["params"]["kernel"], 1e-6
+    )
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "msgpack", "orbax"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_adapters_alone(suffix, whole, tmp_path):
+    def make(seed):
+        rules = {".*/kernel": Rule(reparametrize=LoRA(2)), ".*/bias": Rule(trainable=False)}
+        layer = FlaxLayer(nn.Dense(64), name="dense", rules=rules, seed=seed)
+        model = keras.Sequential([keras.Input((64,)), layer], name="model")
+        return model if whole else layer, layer
+
+    (one, layer), (two, other) = make(0), make(1)
+    for variable in layer.trainable_variables:
+        variable.assign(models.x(*variable.shape))
+    full, part = tmp_path / f"full.{suffix}", tmp_path / f"part.{suffix}"
+    checkpoints.save(one, full)
+    checkpoints.save(one, part, trainable_only=True)
+    if suffix != "orbax":
+        assert part.stat().st_size <= full.stat().st_size / 4
+    before = values(other)
+    checkpoints.load(two, part)
+    for path, value in values(other).items():
+        expected = values(layer)[path] if path.endswith(("/a", "/b")) else before[path]
+        np.testing.assert_array_equal(value, expected)
+    _, base = dense()
+    before = values(base)
+    with pytest.raises(ValueError, match=r"unexpected: trainable/(dense/)?params/kernel/a"):
+        checkpoints.load(base, part)
+    for path, value in values(base).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+def test_adapters_alone_need_names(tmp_path):
+    _, layer = dense(LoRA(2))
+    with pytest.raises(ValueError, match=r"FlaxLayer 'dense'.*without names.*safetensors"):
+        checkpoints.save(layer, tmp_path / "part.eqx", trainable_only=True)
+
+
 def test_unfreezing_everything_thaws_no_frozen_part():
     _, layer = dense(LoRA(2))
     layer.freeze(".*")
@@ -359,6 +411,19 @@ def test_tied_leaves_are_one(tmp_path, backend):
     other["params"]["head"]["kernel"] = other["params"]["head"]["kernel"] + 1
     with pytest.raises(ValueError, match="tied: params/head/kernel must be equal to params/embed/"):
         layer.set_variables(other)
+    checkpoints.save(layer, tmp_path / "lm.npz")
+    checkpoints.load(layer, tmp_path / "lm.npz")
+    arrays = dict(np.load(tmp_path / "lm.npz"))
+    arrays["params/head/kernel"] = arrays["params/head/kernel"] + 1
+    np.savez(tmp_path / "lm.npz", **arrays)
+    before = values(layer)
+    with pytest.raises(ValueError, match=r"No weight has been changed\.\n  tied: params/head"):
+        checkpoints.load(layer, tmp_path / "lm.npz")
+    del arrays["params/head/kernel"]
+    np.savez(tmp_path / "lm.npz", **arrays)
+    checkpoints.load(layer, tmp_path / "lm.npz")
+    for path, value in values(layer).items():
+        np.testing.assert_array_equal(value, before[path])
 
 
 def modulus(params, inputs):

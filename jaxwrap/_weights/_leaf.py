@@ -19,7 +19,7 @@ from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array
 from jaxwrap._weights._reparametrization import Layout, RealImaginary, Reparametrization
 from jaxwrap._weights._rules import Rule
-from jaxwrap._weights._variables import Initial, array_of, dtype_of, key_impl, to_host
+from jaxwrap._weights._variables import Initial, array_of, assign, dtype_of, key_impl, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +234,11 @@ class Leaf:
             new = jnp.asarray(array, self.stored)
             made = self.layout.assign(new, present, self._key())  # type: ignore[union-attr]
         return [np.asarray(part) for part in made]
+
+    def write(self, array: np.ndarray) -> None:
+        """Assign a new value to the parts."""
+        for variable, part in zip(self.variables, self.split(array), strict=True):
+            assign(variable, part)
 
 
 def _nested(names: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:

@@ -134,6 +134,10 @@ class Leaves:
             raise ValueError("\n".join([problem, *lines]))
         return encoded
 
+    def source(self, place: int) -> str | None:
+        """Return the path of the leaf that one is tied to, or None."""
+        return self._tied[place][0].path if place in self._tied else None
+
     def read_leaf(self, place: int) -> Any:
         """Return one leaf as a NumPy array. A PRNG key is a JAX array."""
         leaf = self.leaves[place]

@@ -7,16 +7,15 @@ import os
 import pathlib
 from collections.abc import Collection, Iterator
 
-import jax
 import keras
 import numpy as np
 
 from jaxwrap._errors import describe, naming
-from jaxwrap._weights._variables import assign, to_host
 from jaxwrap.checkpoints._atomic import existing, replacing
 from jaxwrap.checkpoints._base import OpenFile
+from jaxwrap.checkpoints._eqx import Eqx
 from jaxwrap.checkpoints._formats import find_format
-from jaxwrap.checkpoints._owner import owner_of
+from jaxwrap.checkpoints._owner import TRAINABLE, owner_of
 from jaxwrap.checkpoints._plan import Entry, Names, Plan, make_plan, rename, resolve
 
 __all__ = ["Plan", "load", "save"]
@@ -31,6 +30,7 @@ def save(
     *,
     format: str | None = None,  # noqa: A002 (the usual word)
     names: Names = (),
+    trainable_only: bool = False,
 ) -> None:
     r"""Write the weights of a layer, or of a model, as a checkpoint of a JAX library.
 
@@ -48,12 +48,15 @@ def save(
         names: New names, as a dict or as pairs, from a pattern of the path: `{r"params/(.*)": r"model/\1"}`. The first
             pattern that matches a whole path gives its name, as in `re.sub`. None leaves the weight out. Or a function
             from the path to the name or None.
+        trainable_only: Write the variables that are trained, and no others: the adapters of LoRA without their bases. A
+            reparametrized leaf is written as its parts. `load` knows such a file by its names, which begin with
+            `trainable/`, and leaves all other weights as they are.
 
     Raises:
         ImportError: If the library of the format is not installed.
         TypeError: If `layer` is neither.
         ValueError: If the layer has not been built, the format is unknown or cannot hold a dtype, or `names` matches
-            nothing or gives two weights the same name.
+            nothing or gives two weights the same name. Or for `trainable_only` in `.eqx`, which has no names.
 
     Example:
         >>> import flax.linen as nn, numpy as np, tempfile, jaxwrap
@@ -66,12 +69,16 @@ def save(
     """
     path = pathlib.Path(path)
     with naming(_door(layer, "save")):
-        owner = owner_of(layer)
+        owner = owner_of(layer, trainable_only)
         chosen = find_format(path, format)
-        variables = owner.variables
-        renamed = rename(list(variables), names)
+        if trainable_only and isinstance(chosen, Eqx):
+            raise ValueError(
+                "`.eqx` holds leaves without names, so `trainable_only=True` needs another format, such as "
+                "`.safetensors`."
+            )
+        renamed = rename(list(owner.targets), names)
         arrays = {
-            name: to_host(variables[own]) for own, name in renamed.items() if name is not None
+            name: owner.targets[own].read() for own, name in renamed.items() if name is not None
         }
         with replacing(path) as temporary:
             chosen.write(temporary, arrays, owner.tree)
@@ -126,30 +133,40 @@ def load(
     """
     with naming(_door(layer, "load")), contextlib.ExitStack() as stack:
         owner = owner_of(layer)
-        variables = owner.variables
         path = existing(pathlib.Path(path))
         chosen = find_format(path, format)
         with _readable(path):
             file = stack.enter_context(chosen.open(path, owner.tree))
-        weights = {name: Entry(tuple(v.shape), v.dtype) for name, v in variables.items()}
+        if file.entries and all(name.startswith(TRAINABLE) for name in file.entries):
+            owner = owner_of(layer, trainable_only=True)
+        weights = {path: Entry(one.shape, one.dtype) for path, one in owner.targets.items()}
         renamed = resolve(rename(list(file.entries), names), weights, owner.spellings)
-        plan = make_plan(file.entries, renamed, weights, only)
+        there = set(renamed.values())
+        # The value of a tied leaf need not be in the file.
+        wanted = {p: e for p, e in weights.items() if p in there or not owner.targets[p].check}
+        plan = make_plan(file.entries, renamed, wanted, only)
         if dry_run:
             print(plan)  # noqa: T201 (the purpose of a dry run)
             return plan
         # Shapes and dtypes are known without reading arrays, so most problems show before.
         plan.check(path)
-        targets = {row.name: variables[str(row.target)] for row in plan if row.is_loaded}
+        targets = {row.name: str(row.target) for row in plan if row.is_loaded}
         bar = keras.utils.Progbar(2 * len(targets), unit_name="array") if progress else None
         # A damaged file may fail at its last array. To read it twice takes less memory than to keep all arrays.
-        for _ in _arrays(file, targets, path):
+        held, compared = owner.held(), {}
+        for name, array in _arrays(file, targets, path):
+            if (target := targets[name]) in held:
+                compared[target] = array.astype(owner.targets[target].dtype, copy=False)
             if bar is not None:
                 bar.add(1)
+        if lines := owner.problems(compared):
+            raise ValueError(
+                f"the weights in {path} do not fit. No weight has been changed.\n"
+                + "\n".join(lines)
+            )
         for name, array in _arrays(file, targets, path, _CHANGED):
-            variable = targets[name]
-            assign(variable, array.astype(variable.dtype, copy=False))
-            # JAX copies in the background, and keeps each array until then.
-            jax.block_until_ready(variable.value)
+            target = owner.targets[targets[name]]
+            target.write(array.astype(target.dtype, copy=False))
             if bar is not None:
                 bar.add(1)
     return plan

@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import keras
+import numpy as np
 
 from jaxwrap._errors import describe, naming
 from jaxwrap._layer import JaxLayer
 from jaxwrap._pytree import path_str
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._leaf import LeafPath
+from jaxwrap._weights._variables import assign, to_host
+
+# The names of a file that holds trained parts alone begin so.
+TRAINABLE = "trainable/"
+
+
+class Target(NamedTuple):
+    """A weight as a checkpoint has it: a variable, or a leaf that is computed from several.
+
+    Attributes:
+        shape: Its shape.
+        dtype: The name of its dtype.
+        read: Returns the value.
+        write: Assigns a value of this shape and dtype.
+        variables: The variables that hold it.
+        check: For a leaf whose value is that of another one, the path of the other, and what compares the two.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Any]
+    write: Callable[[np.ndarray], None]
+    variables: tuple[keras.Variable, ...]
+    check: tuple[str, Callable[[Mapping[str, Any]], list[str]]] | None = None
 
 
 class Owner(NamedTuple):
     """What a checkpoint is of.
 
     Attributes:
-        variables: The weights by their paths.
+        targets: The weights by their paths.
         spellings: The path for each other name: as the library itself spells it, and without `params/`.
         tree: The pytree that a file without names holds, with a `LeafPath` for each weight.
     """
 
-    variables: dict[str, keras.Variable]
+    targets: dict[str, Target]
     spellings: dict[str, str]
     tree: PyTree
 
+    def held(self) -> set[str]:
+        """The paths of the weights that must be compared with each other before any is assigned."""
+        checks = {path: target.check[0] for path, target in self.targets.items() if target.check}
+        return checks.keys() | set(checks.values())
 
-def owner_of(layer: Any) -> Owner:
+    def problems(self, values: Mapping[str, np.ndarray]) -> list[str]:
+        """Return a line for each weight that must be equal to another one and is not."""
+        checks = [target.check[1] for target in self.targets.values() if target.check]
+        return [line for check in checks for line in check(values)]
+
+
+def owner_of(layer: Any, trainable_only: bool = False) -> Owner:
     """List the weights of a layer of jaxwrap, or of all layers of a Keras model.
+
+    Args:
+        layer: The layer or the model.
+        trainable_only: List the trained variables alone, parts of leaves as they are.
 
     Raises:
         TypeError: If it is neither.
         ValueError: If a layer has not been built, or two weights of a model have one path.
     """
     if isinstance(layer, JaxLayer):
-        return _of_layer(layer)
+        return _trained(layer, [(layer, "")]) if trainable_only else _of_layer(layer)
     if isinstance(layer, keras.Layer):
+        if trainable_only:
+            return _trained(layer, [(own, f"{own.name}/") for own in _own(layer)])
         return _of_model(layer)
     raise TypeError(f"expected a layer of jaxwrap or a Keras model; received {layer!r}.")
 
 
 def _of_layer(layer: JaxLayer) -> Owner:
     with naming(describe(layer)):
-        variables = layer._engine.built_weights().by_path()
+        targets = _targets(layer)
         tree = layer._engine.checkpoint_tree()
     spellings: dict[str, list[str]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -55,34 +98,99 @@ def _of_layer(layer: JaxLayer) -> Owner:
                 if leaf.path.startswith("params/"):
                     spellings.setdefault(name.removeprefix("params/"), []).append(leaf.path)
     return Owner(
-        variables,
+        targets,
         {name: paths[0] for name, paths in spellings.items() if len(set(paths)) == 1},
         tree,
     )
 
 
 def _of_model(model: keras.Layer) -> Owner:
-    variables: dict[str, keras.Variable] = {}
+    targets: dict[str, Target] = {}
     spellings: dict[str, str] = {}
 
-    def add(path: str, variable: keras.Variable) -> None:
-        if variables.setdefault(path, variable) is not variable:
+    def add(path: str, target: Target) -> None:
+        if targets.setdefault(path, target) is not target:
             raise ValueError(
                 f"two weights of the model have the path {path!r}. Give their layers different names."
             )
 
-    own = [layer for layer in model._flatten_layers() if isinstance(layer, JaxLayer)]
-    for layer in own:
+    for layer in _own(model):
         weights, names, _ = _of_layer(layer)
-        for path, variable in weights.items():
-            add(f"{layer.name}/{path}", variable)
+        for path, target in weights.items():
+            if target.check:
+                other, check = target.check
+                target = target._replace(check=(f"{layer.name}/{other}", _below(layer.name, check)))
+            add(f"{layer.name}/{path}", target)
         spellings |= {f"{layer.name}/{name}": f"{layer.name}/{to}" for name, to in names.items()}
-        if len(own) == 1:
+        if len(_own(model)) == 1:
             # A file of this layer does not hold its name.
             spellings |= {name: f"{layer.name}/{to}" for name, to in names.items()}
-    known = set(map(id, variables.values()))
+    known = {id(variable) for target in targets.values() for variable in target.variables}
     for variable in model.weights:
         if id(variable) not in known:
             # Keras puts the name of the model in front if the model builds its layers, as `Sequential` does.
-            add(variable.path.removeprefix(f"{model.name}/"), variable)
-    return Owner(variables, spellings, {path: LeafPath(path) for path in variables})
+            add(_short(model, variable), _of_variable(variable))
+    return Owner(targets, spellings, {path: LeafPath(path) for path in targets})
+
+
+def _own(model: keras.Layer) -> list[JaxLayer]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, JaxLayer)]
+
+
+def _short(model: keras.Layer, variable: keras.Variable) -> str:
+    return variable.path.removeprefix(f"{model.name}/")
+
+
+def _trained(owner: keras.Layer, layers: list[tuple[JaxLayer, str]]) -> Owner:
+    trained = set(map(id, owner.trainable_variables))
+    paths: dict[str, keras.Variable] = {}
+    for layer, prefix in layers:
+        with naming(describe(layer)):
+            for path, variable in layer._engine.built_weights().by_path().items():
+                paths[prefix + path] = variable
+    known = set(map(id, paths.values()))
+    others = [v for v in owner.trainable_variables if id(v) not in known]
+    paths |= {_short(owner, variable): variable for variable in others}
+    targets = {
+        TRAINABLE + path: _of_variable(variable)
+        for path, variable in paths.items()
+        if id(variable) in trained
+    }
+    return Owner(targets, {}, {path: LeafPath(path) for path in targets})
+
+
+def _targets(layer: JaxLayer) -> dict[str, Target]:
+    weights = layer._engine.built_weights()
+    targets = {}
+    for leaves in (weights.params, weights.state):
+        for place, leaf in enumerate(leaves.leaves):
+            if leaf.layout is None:
+                targets[leaf.path] = _of_variable(leaf.variables[0])
+                continue
+            source = leaves.source(place)
+            targets[leaf.path] = Target(
+                leaf.shape,
+                leaf.stored,
+                functools.partial(leaves.read_leaf, place),
+                leaf.write,
+                leaf.variables,
+                None if source is None else (source, leaves.check_tied),
+            )
+    return targets
+
+
+def _of_variable(variable: keras.Variable) -> Target:
+    def write(array: np.ndarray) -> None:
+        assign(variable, array)
+        # JAX copies in the background, and keeps each array until then.
+        jax.block_until_ready(variable.value)
+
+    read = functools.partial(to_host, variable)
+    return Target(tuple(variable.shape), variable.dtype, read, write, (variable,))
+
+
+def _below(
+    name: str, check: Callable[[Mapping[str, Any]], list[str]]
+) -> Callable[[Mapping[str, Any]], list[str]]:
+    """Return the check of a layer for values whose paths begin with its name."""
+    return lambda values: check({p.removeprefix(f"{name}/"): v for p, v in values.items()})
