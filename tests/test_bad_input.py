@@ -168,7 +168,7 @@ def test_a_misspelled_argument_is_answered_with_the_near_name(built):
     x = np.ones((1, 3), "float32")
     if built:
         layer(x)
-    takes = r"the layer of `\S*Scaled` takes \(image, \*, temperature=1.0, training=False\)"
+    takes = r"the layer of `\S*Scaled` takes \(image, \*, temperature=1.0, training=None\)"
     for args, kwargs, problem in (
         ((x,), {"temprature": 2.0}, r"'temprature' \(did you mean 'temperature'\?\)"),
         ((), {"temperature": 2.0}, "missing a required argument: 'image'"),

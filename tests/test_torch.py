@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from backends import to_numpy
 
-from jaxwrap import JaxLayer
+from jaxwrap import JaxLayer, Rule
 
 pytestmark = pytest.mark.only("torch")
 
@@ -208,7 +208,9 @@ def test_a_kept_small_gradient_holds_no_others():
         return inputs * scale * jnp.abs(one + three).sum()
 
     x = rng.standard_normal((2, 64)).astype("float32")
-    layer = JaxLayer(call, params=params)
+    # Complex leaves as they are.
+    plain = {".*": Rule(reparametrize=False)}
+    layer = JaxLayer(call, params=params, rules=plain)
     tensors = [variable.value for variable in layer.trainable_variables]
     output = layer(keras.ops.convert_to_tensor(x)).sum()
     gradients = torch.autograd.grad(output, tensors)
@@ -231,7 +233,7 @@ def test_views_by_a_bit(bit):
     import torch
 
     values = (np.arange(1, 65) * (1 + 2j)).astype("complex64")
-    layer = JaxLayer(scaled, params={"scale": values})
+    layer = JaxLayer(scaled, params={"scale": values}, rules={".*": Rule(reparametrize=False)})
     tensor = layer.trainable_variables[0].value
     ones = torch.ones(64, dtype=torch.complex64)
     np.testing.assert_allclose(layer(ones).detach(), values)

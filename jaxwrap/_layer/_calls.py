@@ -84,7 +84,12 @@ class Calls:
             if not layer.built:
                 with engine.first_call(specs):
                     return keras_call(*args, **kwargs)
-        outputs = keras_call(*args, **kwargs)
+        try:
+            outputs = keras_call(*args, **kwargs)
+        except Exception:
+            # A plan knows dtypes and ranks, and a backend may fail in its own way before a layer looks.
+            self._check_dense(leaves)
+            raise
         if self._is_direct and (plan is None or plan.route is None):
             route = _fast.learn(layer, args, kwargs, leaves)
             if route is not None:
@@ -148,6 +153,11 @@ class Calls:
                     f"{difference}\nIt raised {type(error).__name__}: {error}"
                 ) from error
 
+    def _check_dense(self, leaves: Sequence[Any]) -> None:
+        with naming(describe(self._layer)):
+            for leaf in leaves:
+                check_dense(leaf)
+
     def _run(self, plan: Plan, leaves: Sequence[Any], training: bool) -> PyTree:
         """Call the model. If it raises, nothing has been assigned."""
         engine = self._engine
@@ -157,9 +167,7 @@ class Calls:
             if result.metrics:
                 engine.reports.check(result.metrics)
         except Exception as error:
-            with naming(describe(self._layer)):
-                for leaf in leaves:
-                    check_dense(leaf)
+            self._check_dense(leaves)
             raise_named(error, describe(self._layer))
         self._assign(result, training)
         return result.outputs

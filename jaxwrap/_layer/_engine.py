@@ -207,9 +207,9 @@ class Engine:
                 raise
             finally:
                 self._pending = None
-            if not had_weights and get_bridge().misses_optimizer(self._layer):
+            if not had_weights and get_bridge().misses_optimizer(self.layer):
                 warnings.warn(
-                    f"{describe(self._layer)}: this call made the layer's variables. An optimizer of PyTorch that was "
+                    f"{describe(self.layer)}: this call made the layer's variables. An optimizer of PyTorch that was "
                     "made before does not train them. Build the layer first: `layer.build(input_shape)`.",
                     stacklevel=4,
                 )

@@ -22,6 +22,12 @@ def follow_torch_mode(module: Any) -> Any:
 
     Raises:
         TypeError: If it is no module.
+
+    Example:
+        >>> import flax.linen as nn, keras, jaxwrap
+        >>> layer = jaxwrap.FlaxLayer(nn.Dropout(0.5, deterministic=False))
+        >>> if keras.backend.backend() == "torch":
+        ...     _ = jaxwrap.follow_torch_mode(layer).train()
     """
     if not callable(getattr(module, "modules", None)):
         raise TypeError(
