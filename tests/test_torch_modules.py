@@ -246,3 +246,32 @@ def test_passed_training_wins_over_the_mode():
 def test_only_modules_have_a_mode():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module.*received a int.*training="):
         jaxwrap.follow_torch_mode(3)
+
+
+def test_functional_call_reaches_the_variables():
+    """Gradients by parameters that `torch.func` passes, against JAX; the layer has its own values again after it."""
+    import torch
+
+    layer = JaxLayer(
+        lambda params, inputs: jnp.tanh(inputs @ params["w"]),
+        lambda rng, inputs: {"w": jax.random.normal(rng, (inputs.shape[-1], 8))},
+        seed=0,
+        name="layer",
+    )
+    layer.build((None, 3))
+    net = torch.nn.Sequential(layer)
+    inputs = torch.ones(2, 3)
+    before = net(inputs)
+    params = {name: value.detach() * 2 for name, value in net.named_parameters()}
+
+    def loss(params):
+        return torch.func.functional_call(net, params, (inputs,)).sum()
+
+    (gradient,) = torch.func.grad(loss)(params).values()
+    w = layer.get_variables()["params"]["w"]
+    expected = jax.grad(lambda w: jnp.tanh(np.ones((2, 3)) @ w).sum())(2 * w)
+    np.testing.assert_allclose(gradient, expected, 1e-5, 1e-6)
+    torch.testing.assert_close(net(inputs), before)
+    state = {name: value * 3 for name, value in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    np.testing.assert_allclose(layer.get_variables()["params"]["w"], 3 * w, 1e-6)

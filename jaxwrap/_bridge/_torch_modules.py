@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 
+class _Linked(dict[str, Any]):
+    """Tensors by name. One that is put in the place of another becomes the value of the variable.
+
+    So `torch.func.functional_call`, which puts tensors there for a call, reaches Keras's variables, which layers read.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], variables: Mapping[str, Any]):
+        super().__init__(tensors)
+        self._variables = variables
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        super().__setitem__(name, tensor)
+        if isinstance(tensor, torch.Tensor) and name in self._variables:
+            self._variables[name]._value = tensor
+
+
 class Variables(torch.nn.ParameterDict):
     """Tensors of variables, by path. Those that no gradient reaches, such as seeds, are buffers."""
+
+    def __init__(self, variables: Mapping[str, Any]):
+        super().__init__({path: variable.value for path, variable in variables.items()})
+        self._parameters = _Linked(self._parameters, variables)
+        self._buffers = _Linked(self._buffers, variables)
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Register a tensor as a parameter, or an integer tensor as a buffer."""
@@ -34,7 +55,7 @@ class Variables(torch.nn.ParameterDict):
 
 def register(layer: Any) -> None:
     """Register the variables of a layer with its torch module, under the names that Keras gives them."""
-    layer._torch_params = Variables({variable.path: variable.value for variable in layer.variables})
+    layer._torch_params = Variables({variable.path: variable for variable in layer.variables})
 
 
 def misses_optimizer(layer: Any) -> bool:
