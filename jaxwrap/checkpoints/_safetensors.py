@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -64,11 +65,18 @@ class Safetensors(FileFormat):
                 raise ValueError(
                     f"{name} is {array.dtype}, which NumPy cannot read from `.safetensors`. Save it as `.msgpack`."
                 )
-        safetensors.numpy.save_file(
-            {
-                # The library writes memory as it lies. `ascontiguousarray` gives a scalar an axis.
-                name: np.ascontiguousarray(array).reshape(array.shape)
-                for name, array in arrays.items()
-            },
-            path,
-        )
+        # The library writes to a name of its own and renames it. In our folder, the next save finds what is left.
+        folder = path.with_name(f"{path.name}.folder")
+        folder.mkdir()
+        try:
+            safetensors.numpy.save_file(
+                {
+                    # The library writes memory as it lies. `ascontiguousarray` gives a scalar an axis.
+                    name: np.ascontiguousarray(array).reshape(array.shape)
+                    for name, array in arrays.items()
+                },
+                folder / path.name,
+            )
+            (folder / path.name).rename(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
