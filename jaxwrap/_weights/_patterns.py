@@ -11,6 +11,8 @@ from typing import Any
 _SECONDS = 5
 # The most bytes that one expression takes, compiled and while it is matched.
 _MEMORY = 2**21
+# The most characters. The memory that RE2 takes to parse is not limited.
+_LONGEST = 2000
 
 
 def compile_pattern(pattern: str, what: str = "the pattern") -> Any:
@@ -26,6 +28,11 @@ def compile_pattern(pattern: str, what: str = "the pattern") -> Any:
     # Expressions of `re` and `regex` can take forever to match, and gigabytes to compile.
     import re2
 
+    if len(pattern) > _LONGEST:
+        raise ValueError(
+            f"{what} {pattern[:200]!r}... has {len(pattern):,} characters; at most {_LONGEST:,} are allowed. Write "
+            "several patterns."
+        )
     options = re2.Options()
     options.max_mem = _MEMORY
     options.log_errors = False
