@@ -511,6 +511,7 @@ def test_a_config_keeps_nothing_alive():
         FlaxLayer.from_config(config)
 
 
+@pytest.mark.only("tensorflow")  # Keras's callback imports it
 def test_tensorboard_writes_the_graph_of_a_model(tmp_path):
     model = keras.Sequential([keras.Input((4,)), FREE["linen"]()])
     board = keras.callbacks.TensorBoard(tmp_path, write_graph=True)
