@@ -18,6 +18,7 @@ from jaxwrap._bridge._torch_func import (
     vmap,
     vmap_roles,
 )
+from jaxwrap._bridge._torch_tape import note_outputs, received, returned
 from jaxwrap._bridge._torch_tensors import Aliases, as_tensor, check_devices, to_jax, to_torch
 from jaxwrap._bridge._vjp import own_outputs, vjp, vjp_roles
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
@@ -136,19 +137,8 @@ class _Record(torch.autograd.Function):
         carrier: Any = torch.empty(0)
         carrier.residuals = residuals
         ctx.save_for_backward(*function.kept(tensors), carrier)
-        # Else torch would make zeros for `aux` and for integers, which nothing reads.
-        ctx.set_materialize_grads(False)
         ctx.function, ctx.wrt = function, wrt
-        floats = [output.is_floating_point() or output.is_complex() for output in outputs]
-        ctx.floats = [
-            (index, output.shape, output.dtype, output.device)
-            for index, output in enumerate(outputs)
-            if floats[index]
-        ]
-        ctx.mark_non_differentiable(
-            *(output for output, is_float in zip(outputs, floats, strict=True) if not is_float),
-            *aux,
-        )
+        note_outputs(ctx, outputs, aux)
         return (*outputs, *aux)
 
     @staticmethod
@@ -157,30 +147,20 @@ class _Record(torch.autograd.Function):
         *tensors, carrier = ctx.saved_tensors
         # Hooks of saved tensors, such as those of `torch.utils.checkpoint`, return another tensor, without them.
         residuals = getattr(carrier, "residuals", None)
-        received = [
-            torch.zeros(shape, dtype=dtype, device=device)
-            if cotangents[index] is None
-            else cotangents[index]
-            for index, shape, dtype, device in ctx.floats
-        ]
-        if is_batched(received):
-            pullback = ctx.function.vjp(ctx.wrt, len(received))
-            gradients = transformed(pullback, [*tensors, *received]).outputs
+        cotangents = received(ctx, cotangents)
+        if is_batched(cotangents):
+            pullback = ctx.function.vjp(ctx.wrt, len(cotangents))
+            gradients = transformed(pullback, [*tensors, *cotangents]).outputs
         elif torch.is_grad_enabled() or residuals is None:
             # backward(create_graph=True): the gradient must be differentiable as well
-            pullback = ctx.function.vjp(ctx.wrt, len(received))
-            gradients = pullback(*tensors, *received).outputs
+            pullback = ctx.function.vjp(ctx.wrt, len(cotangents))
+            gradients = pullback(*tensors, *cotangents).outputs
         else:
             arguments = [ctx.function.array(tensors, index) for index in ctx.pullback.arguments]
-            arrays = ctx.pullback.packed(*arguments, *residuals, *map(to_jax, received))
+            arrays = ctx.pullback.packed(*arguments, *residuals, *map(to_jax, cotangents))
             gradients = _gradients([tensors[index] for index in ctx.wrt], *arrays)
         # `forward` takes three arguments before the tensors.
-        result: list[Any] = [None] * (3 + len(tensors))
-        for index, gradient in zip(ctx.wrt, gradients, strict=True):
-            # JAX computes in 32 bits for 64, and torch demands the dtype of the tensor.
-            dtype = tensors[index].dtype
-            result[3 + index] = gradient if gradient.dtype is dtype else gradient.to(dtype)
-        return tuple(result)
+        return returned(gradients, ctx.wrt, tensors, 3)
 
 
 def _gradients(

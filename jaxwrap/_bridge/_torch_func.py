@@ -11,6 +11,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
+from jaxwrap._bridge._torch_tape import note_outputs, received, returned
 from jaxwrap._bridge._vjp import restrict
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Static, Tensor
 
@@ -118,33 +119,18 @@ class _Transformed(torch.autograd.Function):
         function, outcome, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
         ctx.function, ctx.total = function, len(output)
-        ctx.floats = [
-            (index, result.shape, result.dtype, result.device)
-            for index, result in enumerate(output[: outcome.count])
-            if result.is_floating_point() or result.is_complex()
-        ]
-        places = {index for index, *_ in ctx.floats}
-        ctx.mark_non_differentiable(*(r for i, r in enumerate(output) if i not in places))
+        note_outputs(ctx, output[: outcome.count], output[outcome.count :])
 
     @staticmethod
     @torch.compiler.disable
     def backward(ctx, *cotangents):  # type: ignore[override]
         # The function of `torch.func.vjp` is called when the level of these tensors is gone.
         tensors = unwrap_dead_wrappers(ctx.saved_tensors)
-        received = [
-            torch.zeros(shape, dtype=dtype, device=device)
-            if cotangents[index] is None
-            else cotangents[index]
-            for index, shape, dtype, device in ctx.floats
-        ]
+        cotangents = received(ctx, cotangents)
         wrt = tuple(i for i in range(len(tensors)) if ctx.needs_input_grad[2 + i])
-        gradients = ctx.function.vjp(wrt, len(received))(*tensors, *received).outputs
-        result: list[Any] = [None] * (2 + len(tensors))
-        for index, gradient in zip(wrt, gradients, strict=True):
-            result[2 + index] = gradient.to(tensors[index].dtype)
-        return tuple(result)
+        gradients = ctx.function.vjp(wrt, len(cotangents))(*tensors, *cotangents).outputs
+        return returned(gradients, wrt, tensors, 2)
 
     @staticmethod
     def jvp(ctx, _function, _outcome, *tangents):  # type: ignore[override]

@@ -64,8 +64,7 @@ def misses_optimizer(layer: Any) -> bool:
         return False
     # Torch keeps no list of its optimizers, and a module does not know what it is part of. So look through all
     # objects, once for a layer that is built in a call.
-    classes = {torch.optim.Optimizer, *_subclasses(torch.optim.Optimizer)}
-    optimizers = [obj for obj in gc.get_objects() if type(obj) in classes]
+    optimizers = _living(torch.optim.Optimizer)
     trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     return bool(trained) and any(
         id(parameter) in trained for around in _around(layer) for parameter in _parameters(around)
@@ -73,8 +72,7 @@ def misses_optimizer(layer: Any) -> bool:
 
 
 def _around(layer: Any) -> Iterator[torch.nn.Module]:
-    classes = {torch.nn.Module, *_subclasses(torch.nn.Module)}
-    for module in [obj for obj in gc.get_objects() if type(obj) in classes]:
+    for module in _living(torch.nn.Module):
         if module is not layer and any(_holds(part, layer) for part in module.modules()):
             yield module
 
@@ -91,7 +89,6 @@ def _parameters(module: torch.nn.Module) -> Iterator[Any]:
         yield from part._parameters.values()
 
 
-def _subclasses(cls: type) -> Iterator[type]:
-    for subclass in type.__subclasses__(cls):
-        yield subclass
-        yield from _subclasses(subclass)
+def _living(cls: type) -> list[Any]:
+    # Not `isinstance`, which asks proxies for their `__class__`.
+    return [obj for obj in gc.get_objects() if issubclass(type(obj), cls)]
