@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from jaxwrap._layer._engine import Engine
 
 
-def reparametrize(engine: Engine, pattern: str, form: Reparametrization | None) -> None:
-    """Put parts in the place of the leaves that a pattern matches, or with None plain variables."""
-    _rebuild(engine, [(pattern, Rule(reparametrize=False if form is None else form))])
+def reparametrize(engine: Engine, pattern: str, form: Reparametrization) -> None:
+    """Put parts in the place of the leaves that a pattern matches."""
+    _rebuild(engine, [(pattern, Rule(reparametrize=form))])
 
 
 def merge(engine: Engine, pattern: str) -> None:

@@ -62,9 +62,10 @@ class Leaf:
     @classmethod
     def of(cls, path: str, value: Any, is_params: bool) -> Leaf:
         """Describe a value, without variables."""
-        dtype = dtype_of(value)
-        shape = tuple(array_of(value).shape)
-        return cls(path, dtype, key_impl(value), is_params, shape, stored=dtype)
+        dtype, impl = dtype_of(value), key_impl(value)
+        # Not of `array_of`, which brings the tensors of a backend to the host.
+        shape = tuple(np.shape(value if impl is None else array_of(value)))
+        return cls(path, dtype, impl, is_params, shape, stored=dtype)
 
     @property
     def can_train(self) -> bool:

@@ -68,10 +68,7 @@ class Leaves:
     ) -> Leaves:
         """Make the variables, with copies of `values`. The owner must still track them."""
         places = tuple(order) or tuple(range(len(leaves)))
-        initials = [leaves[place].initials(values[place]) for place in places]
-        made = iter(create_variables(owner, [initial for part in initials for initial in part]))
-        for place, part in zip(places, initials, strict=True):
-            leaves[place].variables = tuple(itertools.islice(made, len(part)))
+        fill(owner, [leaves[place] for place in places], (values[place] for place in places))
         return cls(structure, leaves, places)
 
     def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Leaves:
@@ -200,3 +197,17 @@ class Leaves:
             if not np.array_equal(expected, np.asarray(values[leaf.path])):
                 lines.append(f"  tied: {leaf.path} must be equal to {other.path}")
         return lines
+
+
+def fill(
+    owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] = ()
+) -> None:
+    """Make the variables of leaves, once it is sure that all of them can be made: see `create_variables`.
+
+    Raises:
+        ValueError: If a leaf cannot be computed from parts as its rule says.
+    """
+    initials = [leaf.initials(value) for leaf, value in zip(leaves, values, strict=True)]
+    made = iter(create_variables(owner, [one for part in initials for one in part], outer))
+    for leaf, part in zip(leaves, initials, strict=True):
+        leaf.variables = tuple(itertools.islice(made, len(part)))

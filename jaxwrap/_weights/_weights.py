@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,13 +16,13 @@ from jaxwrap._dtypes import kind
 from jaxwrap._pytree import Structure, is_leaf_array, key_name, partition
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._leaf import Leaf
-from jaxwrap._weights._leaves import Leaves
+from jaxwrap._weights._leaves import Leaves, fill
 from jaxwrap._weights._names import unique_names
 from jaxwrap._weights._patterns import match
 from jaxwrap._weights._reparametrization import Tied
 from jaxwrap._weights._rules import Rule, Rules
 from jaxwrap._weights._table import WeightRow, WeightTable
-from jaxwrap._weights._variables import assign, create_variables
+from jaxwrap._weights._variables import assign
 
 Join = Callable[[PyTree, PyTree], PyTree]
 
@@ -171,18 +170,15 @@ class Weights:
                     )
         _check_tied([*leaves, *self.state.leaves])
         order = sorted(changed)
-        # All parts before the first variable, so that an error changes nothing.
-        initials = [leaves[place].initials(self.params.read_leaf(place)) for place in order]
+        again = [leaves[place] for place in order]
         name, variable = next(iter(self.by_path().items()))
         *outer, _ = variable.path.removesuffix(f"/{name}").split("/")
-        made = iter(create_variables(owner, [one for part in initials for one in part], outer))
+        fill(owner, again, map(self.params.read_leaf, order), outer)
         removed = [v for place in order for v in self.params.leaves[place].variables]
-        for place, part in zip(order, initials, strict=True):
-            leaves[place].variables = tuple(itertools.islice(made, len(part)))
         self.params = Leaves(self.params.structure, leaves)
         self.leaves = [*leaves, *self.state.leaves]
-        for place in order:
-            leaves[place].obey(leaves[place].rule)
+        for leaf in again:
+            leaf.obey(leaf.rule)
         self._rules.pairs += pairs
         return removed
 
@@ -197,8 +193,8 @@ class Weights:
         """Add a rule that sets `trainable` on the parameters that a pattern matches."""
         rule = Rule(trainable=trainable)
         check_rules(Rules([(pattern, rule)]), self.leaves)
-        for index in match(pattern, [leaf.path for leaf in self.leaves]):
-            self.leaves[index].obey(rule)
+        for leaf in self.matching(pattern):
+            leaf.obey(rule)
         # From now on it is one of the rules that a config holds.
         self._rules.pairs.append((pattern, rule))
 
