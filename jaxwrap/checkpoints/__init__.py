@@ -13,7 +13,6 @@ import numpy as np
 from jaxwrap._errors import describe, naming
 from jaxwrap.checkpoints._atomic import existing, replacing
 from jaxwrap.checkpoints._base import OpenFile
-from jaxwrap.checkpoints._eqx import Eqx
 from jaxwrap.checkpoints._formats import find_format
 from jaxwrap.checkpoints._owner import TRAINABLE, owner_of
 from jaxwrap.checkpoints._plan import Entry, Names, Plan, make_plan, rename, resolve
@@ -71,7 +70,7 @@ def save(
     with naming(_door(layer, "save")):
         owner = owner_of(layer, trainable_only)
         chosen = find_format(path, format)
-        if trainable_only and isinstance(chosen, Eqx):
+        if trainable_only and not chosen.has_names:
             raise ValueError(
                 "`.eqx` holds leaves without names, so `trainable_only=True` needs another format, such as "
                 "`.safetensors`."

@@ -35,10 +35,12 @@ class Format(abc.ABC):
     Attributes:
         library: The library to import, or None.
         distribution: The name under which pip installs it.
+        has_names: Whether files hold the names of arrays. If not, they hold the leaves of `tree` in order.
     """
 
     library: ClassVar[str | None] = None
     distribution: ClassVar[str | None] = None
+    has_names: ClassVar[bool] = True
 
     @abc.abstractmethod
     def open(self, path: pathlib.Path, tree: PyTree) -> contextlib.AbstractContextManager[OpenFile]:

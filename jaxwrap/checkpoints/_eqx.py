@@ -21,6 +21,7 @@ class Eqx(FileFormat):
     """Notes where each array begins, and reads it later."""
 
     library = distribution = "equinox"
+    has_names = False
 
     def index(self, file: BinaryIO, tree: PyTree) -> OpenFile:
         """See the base class."""
