@@ -13,7 +13,7 @@ from jaxwrap._bridge import Bridge, BridgedFunction, get_bridge
 from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import warn_if_narrowed
 from jaxwrap._errors import raise_named
-from jaxwrap._pytree import ARRAY, KeyPath, Structure, is_array, key_name, partition, path_str
+from jaxwrap._pytree import KeyPath, Structure, is_array, key_name, partition, path_str
 from jaxwrap._tracing import explained
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static
 
@@ -125,9 +125,10 @@ class PytreeFunction:
             for structure, role in zip(structures, _ROLES, strict=True)
             for _ in range(structure.array_count())
         )
+        first, *others = structures
         paths = [
-            *_paths(structures[0], self._argument),
-            *(path for structure in structures[1:] for path in structure.array_paths()),
+            *first.array_paths(self._argument),
+            *(path for structure in others for path in structure.array_paths()),
         ]
         flat = _flatten(self._fn, structures, paths)
         return self._bridge.wrap(flat, roles, self._platforms)
@@ -138,7 +139,7 @@ class PytreeFunction:
             try:
                 dtypes.append(self._bridge.spec(tensor)[1])
             except (TypeError, ValueError) as error:
-                path = _paths(structure, self._argument)[index]
+                path = structure.array_paths(self._argument)[index]
                 raise type(error)(f"{self._prefix}argument {path}: {error}") from None
         warn_if_narrowed(dtypes)
 
@@ -156,12 +157,6 @@ class PytreeFunction:
                     f"{what} is a {type(leaf).__name__}, which is neither a tensor nor hashable. Pass an array, or a "
                     "value that can be hashed."
                 ) from None
-
-
-def _paths(structure: Structure, argument: Callable[[KeyPath], str]) -> list[str]:
-    """Return the printed path of every array, in leaf order."""
-    leaves = zip(structure.key_paths(), structure.leaves, strict=True)
-    return [argument(path) for path, leaf in leaves if leaf is ARRAY]
 
 
 def _names_of_arguments(fn: Callable[..., Any]) -> Callable[[KeyPath], str]:

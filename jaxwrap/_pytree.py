@@ -37,6 +37,19 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
+def path_str(path: KeyPath) -> str:
+    """Return a key path as people read it: `params/Dense_0/kernel`. The root is `<root>`."""
+    return "/".join(key_name(key) for key in path) or "<root>"
+
+
+def key_name(key: Any) -> str:
+    """Return the bare name of one step of a key path: the dict key, the index or the attribute."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
 class Structure:
     """The shape of a pytree without its arrays: the treedef, and the leaves that are not arrays.
 
@@ -87,11 +100,11 @@ class Structure:
         """Return the number of arrays."""
         return sum(leaf is ARRAY for leaf in self.leaves)
 
-    def array_paths(self) -> list[str]:
-        """Return the printed path of every array, in leaf order."""
+    def array_paths(self, printed: Callable[[KeyPath], str] = path_str) -> list[str]:
+        """Return the path of every array as `printed` prints it, in leaf order."""
         paths = self.key_paths()
         return [
-            path_str(path) for path, leaf in zip(paths, self.leaves, strict=True) if leaf is ARRAY
+            printed(path) for path, leaf in zip(paths, self.leaves, strict=True) if leaf is ARRAY
         ]
 
 
@@ -108,19 +121,6 @@ def partition(tree: PyTree, is_array: Callable[[Any], bool]) -> tuple[list[Any],
 @functools.lru_cache(maxsize=4096)
 def _of_arrays(treedef: Any) -> Structure:
     return Structure(treedef, [ARRAY] * treedef.num_leaves)
-
-
-def path_str(path: KeyPath) -> str:
-    """Return a key path as people read it: `params/Dense_0/kernel`. The root is `<root>`."""
-    return "/".join(key_name(key) for key in path) or "<root>"
-
-
-def key_name(key: Any) -> str:
-    """Return the bare name of one step of a key path: the dict key, the index or the attribute."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def describe_difference(expected: Structure, received: Structure) -> str | None:
