@@ -135,14 +135,19 @@ def metrics_come_out_of_a_trace():
     assert [float(v.value) for v in layer.non_trainable_variables] == [32.0, 4.0]
 
 
-def a_merged_layer_has_weights_of_its_own():
+def layer_that_counts():
+    """A layer, and a list of what JAX has traced it with."""
     traces = []
 
     def call(params, inputs):
         traces.append(inputs)
         return inputs @ params
 
-    layer = jaxwrap.JaxLayer(call, params=np.ones((4, 2), "float32"))
+    return jaxwrap.JaxLayer(call, params=np.ones((4, 2), "float32")), traces
+
+
+def a_merged_layer_has_weights_of_its_own():
+    layer, traces = layer_that_counts()
     before = layer(x)
     count = len(traces)
     graph, state = nnx.split(layer)
@@ -157,13 +162,7 @@ def a_merged_layer_has_weights_of_its_own():
 
 
 def nothing_is_compiled_twice():
-    traces = []
-
-    def call(params, inputs):
-        traces.append(inputs)
-        return inputs @ params
-
-    layer = jaxwrap.JaxLayer(call, params=np.ones((4, 2), "float32"))
+    layer, traces = layer_that_counts()
     step = nnx.jit(lambda layer, x: layer(x))
     for _ in range(2):
         layer(x), step(layer, x)
