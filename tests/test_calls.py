@@ -353,3 +353,22 @@ def test_what_is_compiled_for_a_dropped_layer_goes_with_it(backend):
     # The first ones compile what all layers share.
     counts = [use() for _ in range(5)]
     assert counts[2:] == [(False, counts[2][1])] * 3
+
+
+@pytest.mark.only("numpy")
+def test_arrays_that_are_written_past_keras_count_or_refuse():
+    """JAX reads the array of a variable in place. One that it cannot read so is read-only."""
+    layer = JaxLayer(lambda params, inputs: inputs + params, params=np.zeros(3, "float32"))
+    (variable,) = layer.weights
+    np.testing.assert_array_equal(layer(x(3)), x(3))
+    variable.value[...] = 2
+    np.testing.assert_array_equal(layer(x(3)), x(3) + 2)
+    # One of these begins where JAX does not read in place.
+    for start in range(4):
+        memory = np.zeros(7, "float32")
+        variable._value = memory[start : start + 3]
+        np.testing.assert_array_equal(layer(x(3)), x(3))
+        refused = not variable.value.flags.writeable
+        if not refused:
+            variable.value[...] = 3
+        np.testing.assert_array_equal(layer(x(3)), x(3) + (0 if refused else 3))

@@ -1,37 +1,29 @@
-"""Memory that JAX and a backend share: aligned copies, and objects made of tensors."""
+"""Memory that JAX and a backend share: aligned copies, and the arguments that stay where they are."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxwrap._typing import Array, Tensor
+from jaxwrap._typing import Array, Role, Tensor
 
 # JAX reads foreign memory in place if it begins at a multiple of so many bytes. Otherwise it copies.
 ALIGNMENT = 64
 
 
-class Kept:
-    """Objects made of tensors, kept for as long as the tensors live."""
-
-    def __init__(self):
-        # By `id`, since NumPy arrays have no hash, and `==` compares tensors number by number.
-        self._made: dict[int, tuple[weakref.ref[Any], Any]] = {}
-
-    def get(self, tensor: Tensor) -> Any:
-        """Return the object for that very tensor, or None."""
-        entry = self._made.get(id(tensor))
-        # A new tensor may have the id of one that is gone.
-        return entry[1] if entry is not None and entry[0]() is tensor else None
-
-    def put(self, tensor: Tensor, made: Any) -> None:
-        """Keep an object for a tensor."""
-        key = id(tensor)
-        self._made[key] = weakref.ref(tensor, lambda _: self._made.pop(key, None)), made
+def held_runs(roles: Sequence[Role]) -> list[slice]:
+    """Return where arguments that variables hold follow each other: state apart, since it changes most often."""
+    runs = []
+    kinds = [(role.held, role is Role.STATE) for role in roles]
+    for (held, _), run in itertools.groupby(enumerate(kinds), lambda item: item[1]):
+        places = [place for place, _ in run]
+        if held:
+            runs.append(slice(places[0], places[-1] + 1))
+    return runs
 
 
 def host_copies(arrays: Iterable[Array | np.ndarray]) -> Iterator[np.ndarray]:

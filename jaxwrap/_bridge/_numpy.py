@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,20 +10,14 @@ import jax
 import numpy as np
 
 from jaxwrap._bridge._base import Bridge, BridgedFunction
-from jaxwrap._bridge._memory import ALIGNMENT, Kept, host_copies
+from jaxwrap._bridge._memory import held_runs, host_copies
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
-
-# Up to this many bytes a copy at each call costs less than finding the kept one.
-_SMALL = 1 << 16
 
 
 class NumpyBridge(Bridge):
     """The bridge of Keras's inference-only backend."""
 
     name = "numpy"
-
-    def __init__(self):
-        self._copies = Kept()
 
     def is_concrete(self, leaf: Any) -> bool:
         return isinstance(leaf, np.ndarray)
@@ -37,35 +32,48 @@ class NumpyBridge(Bridge):
         platforms: tuple[str, ...] | None,
     ) -> BridgedFunction:
         jitted = jax.jit(fn)
-        # Only variables. An input is a new array at each call, and nobody would find a copy of it again.
-        held = [index for index, role in enumerate(roles) if role.held]
+        # Only variables. An input is a new array at each call, and nobody would find what was made of it again.
+        runs = [(run, _Held()) for run in held_runs(roles)]
 
         def call(*tensors: Tensor) -> FlatResult:
             arrays = list(tensors)
-            for index in held:
-                arrays[index] = self._readable(tensors[index])
+            for run, held in runs:
+                arrays[run] = held.arrays(arrays[run])
             # JAX may read an aliased array after the call returns, while NumPy code is free to overwrite it.
             outputs, aux, static = jax.block_until_ready(jitted(*arrays))
             return FlatResult(_to_numpy(outputs), _to_numpy(aux), static)
 
         return call
 
-    def _readable(self, array: Tensor) -> Tensor:
-        """Return the array of a variable, or an aligned copy that JAX does not copy again.
 
-        Keras puts a new array into a variable at each assignment, so the same array has the same values. It becomes
-        read-only, so that nobody writes to it past the copy.
-        """
-        if not isinstance(array, np.ndarray) or array.nbytes <= _SMALL:
-            return array
-        copy = self._copies.get(array)
-        if copy is None:
-            if array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous:
-                return array
-            array.flags.writeable = False
-            copy = jax.numpy.array(array)
-            self._copies.put(array, copy)
-        return copy
+class _Held:
+    """JAX arrays of the values of variables, for as long as the variables have these values.
+
+    Keras puts a new array into a variable at each assignment, so the same array has the same values.
+    """
+
+    def __init__(self):
+        self._last: tuple[list[Tensor], list[Array]] = ([], [])
+
+    def arrays(self, values: list[Tensor]) -> list[Array]:
+        """Return a JAX array for each value. The first call with new values converts them."""
+        # Read once, since another thread may write.
+        before, arrays = self._last
+        if len(before) != len(values) or not all(map(operator.is_, values, before)):
+            arrays = list(map(_to_jax, values))
+            self._last = values, arrays
+        return arrays
+
+
+def _to_jax(value: Tensor) -> Array:
+    """Return a JAX array of the same memory, or a copy of an array that is read-only from now on."""
+    if not isinstance(value, np.ndarray):
+        return value
+    array = jax.device_put(value)
+    if array.size and array.unsafe_buffer_pointer() != value.ctypes.data:
+        # So that nobody writes to it past the copy.
+        value.flags.writeable = False
+    return array
 
 
 def _to_numpy(arrays: tuple[jax.Array, ...]) -> tuple[Tensor, ...]:

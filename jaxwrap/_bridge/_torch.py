@@ -16,7 +16,7 @@ from jaxwrap._bridge._memory import host_copies
 from jaxwrap._bridge._torch_autograd import Function
 from jaxwrap._bridge._torch_func import check_randomness, check_unmapped
 from jaxwrap._bridge._torch_modules import misses_optimizer, register
-from jaxwrap._bridge._torch_tensors import NUMPY_DTYPES, Aliases
+from jaxwrap._bridge._torch_tensors import NUMPY_DTYPES
 from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._typing import Array, FlatFunction, Role, Tensor
@@ -26,9 +26,6 @@ class TorchBridge(Bridge):
     """The bridge of PyTorch: ordinary tensors in and out, differentiable by `torch.autograd`."""
 
     name = "torch"
-
-    def __init__(self):
-        self._aliases = Aliases()
 
     def is_tensor(self, leaf: Any) -> bool:
         return isinstance(leaf, (torch.Tensor, jax.Array, np.ndarray, np.generic))
@@ -90,4 +87,4 @@ class TorchBridge(Bridge):
         roles: tuple[Role, ...],
         platforms: tuple[str, ...] | None,
     ) -> BridgedFunction:
-        return Function(fn, roles, self._aliases)
+        return Function(fn, roles)

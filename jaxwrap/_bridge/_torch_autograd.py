@@ -19,7 +19,7 @@ from jaxwrap._bridge._torch_func import (
     vmap_roles,
 )
 from jaxwrap._bridge._torch_tape import note_outputs, received, returned
-from jaxwrap._bridge._torch_tensors import Aliases, as_tensor, check_devices, to_jax, to_torch
+from jaxwrap._bridge._torch_tensors import Reader, as_tensor, check_devices, to_jax, to_torch
 from jaxwrap._bridge._vjp import own_outputs, vjp, vjp_roles
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
@@ -27,21 +27,26 @@ from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 class Function:
     """A flat function on torch tensors, with its derivatives, each made when first needed."""
 
-    def __init__(self, fn: FlatFunction, roles: tuple[Role, ...], aliases: Aliases):
+    def __init__(self, fn: FlatFunction, roles: tuple[Role, ...]):
         self._fn = fn
         self._roles = roles
         self._arity = len(roles)
-        self._aliases = aliases
-        self._converters = [aliases.array if role.held else to_jax for role in roles]
+        self._inputs = [i for i, role in enumerate(roles) if not role.held]
+        self._seen = [*self._inputs, *[i for i, role in enumerate(roles) if role.held][:1]]
+        self._read = Reader(roles, range(len(roles)))
         self._differentiable = [i for i, role in enumerate(roles) if role.differentiable]
         self._states = [i for i, role in enumerate(roles) if role is Role.STATE]
         self._plain = jax.jit(own_outputs(fn))
         self._linearized: dict[tuple[int, ...], tuple[Callable[..., Any], list[Pullback]]] = {}
+        self._readers: dict[Pullback, Reader] = {}
         self._derived: dict[tuple[Any, ...], Function] = {}
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
-        tensors = tuple([t if isinstance(t, torch.Tensor) else as_tensor(t) for t in tensors])
-        if not all(tensor.is_cpu for tensor in tensors):
+        for index in self._inputs:
+            if not isinstance(tensors[index], torch.Tensor):
+                tensors = (*tensors[:index], as_tensor(tensors[index]), *tensors[index + 1 :])
+        # One tensor stands for all variables. `Reader` looks at the others when they are new.
+        if not all([tensors[index].is_cpu for index in self._seen]):
             # Keras infers shapes on torch by calling a layer on `meta` tensors.
             if any(tensor.is_meta for tensor in tensors):
                 return self._infer(tensors)
@@ -62,11 +67,14 @@ class Function:
 
     def arrays(self, tensors: Sequence[Tensor]) -> list[Array]:
         """Convert the arguments to what JAX takes."""
-        return [convert(t) for convert, t in zip(self._converters, tensors, strict=True)]
+        return self._read(tensors)
 
-    def array(self, tensors: Sequence[Tensor], index: int) -> Array:
-        """Convert one of the arguments."""
-        return self._converters[index](tensors[index])
+    def arrays_for(self, pullback: Pullback, tensors: Sequence[Tensor]) -> list[Array]:
+        """Convert the arguments that a pullback needs."""
+        reader = self._readers.get(pullback)
+        if reader is None:
+            reader = self._readers[pullback] = Reader(self._roles, pullback.arguments)
+        return reader(tensors)
 
     def vjp(self, wrt: tuple[int, ...], cotangents: int) -> Function:
         """Return the vjp with respect to the arguments `wrt`, itself on tensors and differentiable."""
@@ -89,7 +97,7 @@ class Function:
         self, key: tuple[Any, ...], make: Callable[[], FlatFunction], roles: tuple[Role, ...]
     ) -> Function:
         if key not in self._derived:
-            self._derived[key] = Function(make(), roles, self._aliases)
+            self._derived[key] = Function(make(), roles)
         return self._derived[key]
 
     def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -156,7 +164,7 @@ class _Record(torch.autograd.Function):
             pullback = ctx.function.vjp(ctx.wrt, len(cotangents))
             gradients = pullback(*tensors, *cotangents).outputs
         else:
-            arguments = [ctx.function.array(tensors, index) for index in ctx.pullback.arguments]
+            arguments = ctx.function.arrays_for(ctx.pullback, tensors)
             arrays = ctx.pullback.packed(*arguments, *residuals, *map(to_jax, cotangents))
             gradients = _gradients([tensors[index] for index in ctx.wrt], *arrays)
         # `forward` takes three arguments before the tensors.
