@@ -360,10 +360,7 @@ def test_arrays_that_are_written_past_keras_count_or_refuse():
     """JAX reads the array of a variable in place. One that it cannot read so is read-only."""
     layer = JaxLayer(lambda params, inputs: inputs + params, params=np.zeros(3, "float32"))
     (variable,) = layer.weights
-    np.testing.assert_array_equal(layer(x(3)), x(3))
-    variable.value[...] = 2
-    np.testing.assert_array_equal(layer(x(3)), x(3) + 2)
-    # One of these begins where JAX does not read in place.
+    # JAX reads in place what begins at a multiple of 64 bytes, at most one of these.
     for start in range(4):
         memory = np.zeros(7, "float32")
         variable._value = memory[start : start + 3]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxwrap._typing import Array, Role, Tensor
+from jaxwrap._typing import Array, Role
 
 # JAX reads foreign memory in place if it begins at a multiple of so many bytes. Otherwise it copies.
 ALIGNMENT = 64

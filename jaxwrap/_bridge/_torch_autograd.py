@@ -46,7 +46,7 @@ class Function:
             if not isinstance(tensors[index], torch.Tensor):
                 tensors = (*tensors[:index], as_tensor(tensors[index]), *tensors[index + 1 :])
         # One tensor stands for all variables. `Reader` looks at the others when they are new.
-        if not all([tensors[index].is_cpu for index in self._seen]):
+        if not all(tensors[index].is_cpu for index in self._seen):
             # Keras infers shapes on torch by calling a layer on `meta` tensors.
             if any(tensor.is_meta for tensor in tensors):
                 return self._infer(tensors)

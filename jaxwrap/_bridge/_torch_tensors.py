@@ -60,7 +60,7 @@ class _Held:
         last = self._last
         if last.holds(tensors):
             return last.arrays
-        if not all([tensor.is_cpu for tensor in tensors]):
+        if not all(tensor.is_cpu for tensor in tensors):
             check_devices(tensors)
         arrays = list(map(_alias, tensors))
         # A copy would not follow what torch writes.
