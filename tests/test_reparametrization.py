@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import zlib
 
 import flax.linen as nn
 import jax
@@ -535,3 +536,101 @@ def test_a_compiled_model_has_to_be_compiled_again():
     np.testing.assert_array_equal(to_numpy(model(inputs)), before)
     model.compile("adam", "mse")
     model.fit(inputs, target, verbose=0)
+
+
+def dropout_of_rows(parts, key, path, rate):
+    """The leaf of `LoRA(dropout=rate)` in training, in plain JAX."""
+    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    rows = jax.random.bernoulli(own, 1 - rate, (len(parts["a"]), 1))
+    return parts["base"] + jnp.where(rows, parts["a"] / (1 - rate), 0) @ parts["b"]
+
+
+def part_state(layer):
+    return to_numpy(layer._engine.seeds.states()["parts"].value).astype("uint32")
+
+
+def test_dropout_of_lora_draws_in_training_alone():
+    form = LoRA(2, dropout=0.5)
+    layer = JaxLayer(
+        lambda params, inputs: inputs @ params["w"],
+        params={"w": models.x(6, 4)},
+        rules={".*": Rule(reparametrize=form)},
+    )
+    inputs = models.x(3, 6)
+    layer.build(inputs.shape)
+    for variable in layer.trainable_variables:
+        variable.assign(models.x(*variable.shape))
+    base = to_numpy(layer(inputs))
+    np.testing.assert_allclose(base, inputs @ layer.get_variables()["params"]["w"], 1e-5, 1e-5)
+    parts = layer.get_variables(merged=False)["params"]["w"]
+    start = part_state(layer)
+    assert start[1] == 0
+    for count in range(3):
+        key = jax.random.wrap_key_data(jnp.array([start[0], count], "uint32"))
+        expected = inputs @ dropout_of_rows(parts, key, "params/w", 0.5)
+        np.testing.assert_allclose(to_numpy(layer(inputs, training=True)), expected, 1e-5, 1e-5)
+        assert np.abs(expected - base).max() > 0.1
+        assert part_state(layer)[1] == count + 1
+    np.testing.assert_array_equal(to_numpy(layer(inputs)), base)
+    assert part_state(layer)[1] == 3
+
+
+@pytest.mark.trains
+def test_gradients_with_dropout_of_lora_are_those_of_jax(backend):
+    layer = dense(LoRA(2, dropout=0.5))[1]
+    inputs = models.x(3, 6)
+    for variable in layer.trainable_variables:
+        variable.assign(models.x(*variable.shape))
+    params = layer.get_variables(merged=False)["params"]
+    key = jax.random.wrap_key_data(jnp.asarray(part_state(layer)))
+
+    def loss(params):
+        kernel = dropout_of_rows(params["kernel"], key, "params/kernel", 0.5)
+        return (inputs @ kernel + params["bias"]).sum()
+
+    gradients = jax.grad(loss)(jax.tree.map(jnp.asarray, params))
+    expected = [gradients["bias"], gradients["kernel"]["a"], gradients["kernel"]["b"]]
+    assert [v.name for v in layer.trainable_variables] == ["bias", "a", "b"]
+    ones = [np.ones((3, 4), "float32")]
+    _, (found, _) = backend.layer_vjp(layer, inputs, True, ones)
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(one), two, 1e-5, 1e-5)
+    assert (np.asarray(expected[1]) == 0).all(axis=1).any()
+
+
+def test_a_seed_for_parts_is_there_while_a_leaf_draws(tmp_path):
+    model, layer = dense(LoRA(2))
+    states = {path: v.path for path, v in layer._engine.seeds.states().items()}
+    assert "parts" not in states
+    count = len(layer.variables)
+    layer.reparametrize(".*/kernel", LoRA(2, dropout=0.5))
+    assert len(layer.variables) == count + 1
+    inputs = models.x(3, 6)
+    model(inputs, training=True)
+    assert part_state(layer)[1] == 1
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras").layers[-1]
+    np.testing.assert_array_equal(part_state(loaded), part_state(layer))
+    outputs = to_numpy(model(inputs))
+    layer.merge()
+    assert len(layer.variables) == count - 2
+    np.testing.assert_allclose(to_numpy(model(inputs, training=True)), outputs, 1e-6, 1e-6)
+
+
+@pytest.mark.trains
+def test_dropout_of_lora_draws_anew_in_each_step_of_fit():
+    model, layer = dense(LoRA(2, dropout=0.5))
+    for variable in layer.trainable_variables:
+        variable.assign(models.x(*variable.shape))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    inputs = np.repeat(models.x(1, 6), 8, axis=0)
+    # No weight moves, so losses differ by their draws.
+    losses = [model.train_on_batch(inputs, np.zeros((8, 4))) for _ in range(6)]
+    assert len(set(losses)) > 1
+    assert part_state(layer)[1] == 6
+
+
+def test_dropout_of_what_is_no_probability_is_refused():
+    for dropout in (1.0, -0.1, "half"):
+        with pytest.raises(ValueError, match=f"`dropout` must be a number .* received {dropout!r}"):
+            LoRA(2, dropout=dropout)

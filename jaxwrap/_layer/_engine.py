@@ -83,7 +83,7 @@ class Engine:
         if self.weights is not None:
             other.weights = self.weights.copied(find)
         if self.program is not None:
-            generators = tuple(other.seeds.generators.values())
+            generators = tuple(other.seeds.all().values())
             other.program = self.program.copied(other.built_weights(), generators)
         return other
 
@@ -98,8 +98,7 @@ class Engine:
         self.seeds.create(layer)
         # Set on the layer, because Keras does not look into the engine.
         layer.seed_generator, layer.stream_generators = None, []
-        # Past Keras, which finds them in the generators. NNX looks into lists of variables only.
-        object.__setattr__(layer, "_seed_states", list(self.seeds.states().values()))
+        self._note_seeds()
         if self.adapter.draws == "in training":
             self._attach_seeds()
         self.has_values = params is not None or state is not None
@@ -111,7 +110,24 @@ class Engine:
     def _attach_seeds(self) -> None:
         layer = self.layer
         layer.seed_generator = self.seeds.generators.get("seed")
-        layer.stream_generators = [g for name, g in self.seeds.generators.items() if name != "seed"]
+        layer.stream_generators = [g for name, g in self.seeds.all().items() if name != "seed"]
+
+    def _note_seeds(self) -> None:
+        # Past Keras, which finds them in the generators. NNX looks into lists of variables only.
+        object.__setattr__(self.layer, "_seed_states", list(self.seeds.states().values()))
+
+    def _attach_parts(self) -> None:
+        """Make the generator for leaves of parts if they draw, or remove it."""
+        layer, has = self.layer, self.seeds.parts is not None
+        if self.built_weights().params.draws == has:
+            return
+        if has:
+            layer._tracker.untrack(self.seeds.parts)
+            self.seeds.parts = None
+        else:
+            self.seeds.create_parts(layer)
+        self._note_seeds()
+        self._attach_seeds()
 
     # Building.
 
@@ -151,12 +167,13 @@ class Engine:
             if not any(flag is not False for flag in draws):
                 self.seeds.generators = {}
             self._attach_seeds()
+        self._attach_parts()
         _, structure = partition_specs(specs)
         self.program = Program(
             self.adapter,
             self.inputs,
             self.built_weights(),
-            tuple(self.seeds.generators.values()),
+            self.seeds,
             self.draw_keys,
             draws,
             structure,

@@ -63,11 +63,11 @@ def _rebuild(engine: Engine, pairs: list[tuple[str, Rule]]) -> None:
         for variable in removed:
             layer._untrack_variable(variable)
         engine.track()
-        if layer.built and was_locked:
-            layer._lock_state()
         weights.set_trainable(layer.trainable)
         if engine.program is not None:
             engine.renew_program()
+        if layer.built and was_locked:
+            layer._lock_state()
         get_bridge().register(layer)
         for model in _models_with(layer):
             # What was compiled has the old variables in it, and so has the optimizer. `fit` now asks for `compile`.

@@ -26,6 +26,8 @@ class Leaves:
         leaves: The leaves, in leaf order.
         variables: The variables of all leaves.
         tree: The user's pytree, with the variable of a leaf in its place.
+        draws: Whether leaves need a key in a training call.
+        updated: The indices of the variables of parts that get new values in a training call.
     """
 
     def __init__(self, structure: Structure, leaves: Sequence[Leaf], order: Iterable[int] = ()):
@@ -49,6 +51,11 @@ class Leaves:
             variable for place in self._order for variable in self.leaves[place].variables
         ]
         self.tree = structure.unflatten(leaf.tree() for leaf in self.leaves)
+        layouts = [(place, leaf.layout) for place, leaf in enumerate(self.leaves) if leaf.layout]
+        self.draws = any(layout.draws for _, layout in layouts)
+        self.updated = frozenset(
+            self._slices[place].start + n for place, layout in layouts for n in layout.updated
+        )
         places = {leaf.path: place for place, leaf in enumerate(self.leaves)}
         # Leaves without variables, which have the value of another one.
         self._tied = {
@@ -85,10 +92,33 @@ class Leaves:
 
     def decode_leaves(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the leaves alone, as JAX functions take them."""
-        decoded: list[Any] = [
+        return self._tie(
             None if n in self._tied else leaf.decode(arrays[self._slices[n]])
             for n, leaf in enumerate(self.leaves)
-        ]
+        )
+
+    def decode_training(
+        self, arrays: Sequence[Array], key: Array | None
+    ) -> tuple[PyTree, dict[int, Array]]:
+        """Return the user's pytree in a training call, and new values of parts by the index of the variable.
+
+        Args:
+            arrays: The values of the variables.
+            key: The key of the call. None if no leaf draws.
+        """
+        decoded: list[Any] = []
+        updates: dict[int, Array] = {}
+        for place, leaf in enumerate(self.leaves):
+            where = self._slices[place]
+            array, new = (
+                (None, {}) if place in self._tied else leaf.decode_training(arrays[where], key)
+            )
+            decoded.append(array)
+            updates |= {where.start + n: value for n, value in new.items()}
+        return self.structure.unflatten(self._tie(decoded)), updates
+
+    def _tie(self, leaves: Iterable[Any]) -> list[Array]:
+        decoded = list(leaves)
         for place, (form, source) in self._tied.items():
             decoded[place] = form.apply({"source": decoded[source]}, self.leaves[place].shape)
         return decoded
