@@ -98,36 +98,14 @@ class Engine:
         self.seeds.create(layer)
         # Set on the layer, because Keras does not look into the engine.
         layer.seed_generator, layer.stream_generators = None, []
-        self._note_seeds()
+        self.seeds.note(layer)
         if self.adapter.draws == "in training":
-            self._attach_seeds()
+            self.seeds.attach(layer)
         self.has_values = params is not None or state is not None
         values = (params, state) if self.has_values else self.adapter.initial()
         if values is not None:
             self.create_weights(*values)
             get_bridge().register(layer)
-
-    def _attach_seeds(self) -> None:
-        layer = self.layer
-        layer.seed_generator = self.seeds.generators.get("seed")
-        layer.stream_generators = [g for name, g in self.seeds.all().items() if name != "seed"]
-
-    def _note_seeds(self) -> None:
-        # Past Keras, which finds them in the generators. NNX looks into lists of variables only.
-        object.__setattr__(self.layer, "_seed_states", list(self.seeds.states().values()))
-
-    def _attach_parts(self) -> None:
-        """Make the generator for leaves of parts if they draw, or remove it."""
-        layer, has = self.layer, self.seeds.parts is not None
-        if self.built_weights().params.draws == has:
-            return
-        if has:
-            layer._tracker.untrack(self.seeds.parts)
-            self.seeds.parts = None
-        else:
-            self.seeds.create_parts(layer)
-        self._note_seeds()
-        self._attach_seeds()
 
     # Building.
 
@@ -166,8 +144,8 @@ class Engine:
         if self.adapter.draws == "always":
             if not any(flag is not False for flag in draws):
                 self.seeds.generators = {}
-            self._attach_seeds()
-        self._attach_parts()
+            self.seeds.attach(self.layer)
+        self.seeds.attach_parts(self.layer, self.built_weights().params.draws)
         _, structure = partition_specs(specs)
         self.program = Program(
             self.adapter,

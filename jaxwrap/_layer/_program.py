@@ -13,13 +13,12 @@ import keras
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from jaxwrap._bridge import BridgedFunction, get_bridge
-from jaxwrap._layer._adapter import Adapter, CallResult
+from jaxwrap._layer._adapter import Adapter, call_adapter
 from jaxwrap._layer._draws import Draws, call_and_look
 from jaxwrap._layer._fast import Route
 from jaxwrap._layer._inputs import Inputs
 from jaxwrap._layer._seeds import Generator, Seeds, drawing
 from jaxwrap._pytree import Structure, is_array, partition, static_key
-from jaxwrap._tracing import explained
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static, Tensor
 from jaxwrap._weights import Weights
 from jaxwrap._weights._variables import current_values
@@ -322,24 +321,6 @@ class Program:
         changed = self._weights.state.encode(result.state, _STATE_DIFFERS, old)
         new |= {len(params) + index: value for index, value in changed.items()}
         return Flowing(result.outputs, result.losses), Kept(new, dict(result.metrics))
-
-
-def call_adapter(
-    adapter: Adapter, *arguments: Any, names: Mapping[str, str] | None = None
-) -> CallResult:
-    """Call the model, and checks its result.
-
-    Raises:
-        TypeError: If it is not a `CallResult` of arrays.
-    """
-    with explained(names):
-        result = adapter.call(*arguments)
-    if not isinstance(result, CallResult):
-        raise TypeError(
-            f"`{type(adapter).__name__}.call` must return a `jaxwrap.CallResult`; it returned a "
-            f"{type(result).__name__}."
-        )
-    return result.finished()
 
 
 def kind_of(treedef: Any, leaves: Sequence[Any]) -> tuple[Any, ...]:

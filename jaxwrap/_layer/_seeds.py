@@ -97,10 +97,28 @@ class Seeds:
                 for name, seed in seeds.items()
             }
 
-    def create_parts(self, owner: Any) -> None:
-        """Make the generator for leaves of parts. The owner must still track it."""
-        with keras.name_scope(owner.name, caller=owner):
-            self.parts = Generator(self.base, name=PARTS)
+    def attach(self, owner: Any) -> None:
+        """Let Keras track the generators."""
+        owner.seed_generator = self.generators.get("seed")
+        owner.stream_generators = [g for name, g in self.all().items() if name != "seed"]
+
+    def note(self, owner: Any) -> None:
+        """Let NNX, which looks into lists of variables only, find the states of the generators."""
+        # Past Keras, which finds them in the generators.
+        object.__setattr__(owner, "_seed_states", list(self.states().values()))
+
+    def attach_parts(self, owner: Any, draws: bool) -> None:
+        """Make the generator for leaves of parts if they draw, or remove it."""
+        if draws is (self.parts is not None):
+            return
+        if not draws:
+            owner._tracker.untrack(self.parts)
+            self.parts = None
+        else:
+            with keras.name_scope(owner.name, caller=owner):
+                self.parts = Generator(self.base, name=PARTS)
+        self.note(owner)
+        self.attach(owner)
 
     def all(self) -> dict[str, Generator]:
         """Return all generators, that for leaves of parts last."""

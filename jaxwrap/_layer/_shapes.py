@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxwrap._layer._program import call_adapter
+from jaxwrap._layer._adapter import call_adapter
 from jaxwrap._layer._seeds import Generator, drawing
 from jaxwrap._specs import abstract_call, fillings, partition_specs, used_inputs
 from jaxwrap._typing import PyTree
