@@ -1,8 +1,13 @@
 """Leaves that are computed from parts: every built-in over models of every library, files, and a class of one's own."""
 
 import dataclasses
+import gc
+import itertools
 import re
+import tracemalloc
+import weakref
 import zlib
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -760,3 +765,88 @@ def test_new_values_of_other_parts_are_refused():
         _, layer = dense()
         with pytest.raises(ValueError, match=rf"params/kernel, .*Moving.apply_training.*{problem}"):
             layer.reparametrize(".*/kernel", form)
+
+
+def stack_of(count, size, **kwargs):
+    def init(rng, inputs):
+        return [jax.random.normal(key, (size, size)) for key in jax.random.split(rng, count)]
+
+    def call(params, inputs):
+        for kernel in params:
+            inputs = inputs @ kernel
+        return inputs
+
+    return JaxLayer(call, init, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched(Int8):
+    watch: Callable[[], None] = None
+
+    def init(self, leaf, key):
+        self.watch()
+        return super().init(leaf, key)
+
+
+def test_leaves_are_quantized_one_after_the_other():
+    count = 4
+    layer = stack_of(count, 8)
+    start = keras.Input((8,))
+    model = keras.Model(start, layer(start))
+    model.predict(models.x(2, 8), verbose=0)
+    layer(models.x(2, 8), training=True)
+    variables = [weakref.ref(variable) for variable in layer.weights]
+    living = []
+    layer.reparametrize(
+        ".*", Watched(watch=lambda: living.append(sum(ref() is not None for ref in variables)))
+    )
+    # First a look at all, then the change.
+    assert living == [*[count] * count, *range(count, 0, -1)]
+    assert not any(ref() for ref in variables)
+
+
+def live_bytes():
+    """The bytes of all arrays of JAX, memory that several share counted once, and of all arrays of NumPy."""
+    arrays = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}
+    only = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    traces = tracemalloc.take_snapshot().filter_traces([only]).traces
+    return sum(arrays.values()) + sum(trace.size for trace in traces)
+
+
+@pytest.mark.only("jax")
+def test_memory_holds_a_base_once(tmp_path):
+    count, size, most = 12, 64, []
+    file, checkpoint = tmp_path / "base.weights.h5", tmp_path / "base.safetensors"
+    turns = itertools.count(1)
+
+    def watch():
+        # Not at each leaf, since the snapshots take long.
+        if next(turns) % 4 == 0:
+            most.append(live_bytes())
+
+    watched = Watched(watch=watch)
+
+    def peak():
+        highest = (max(most) - before) / (count * size * size * 4)
+        most.clear()
+        return highest
+
+    tracemalloc.start()
+    try:
+        before = live_bytes()
+        model = keras.Sequential([keras.Input((size,)), stack_of(count, size)])
+        model.save_weights(file)
+        checkpoints.save(model.layers[0], checkpoint)
+        model.layers[0].reparametrize(".*", watched)
+        assert 1 < peak() < 1.5
+        del model
+        gc.collect()
+        layer = stack_of(count, size, rules={".*": Rule(reparametrize=watched)})
+        model = keras.Sequential([keras.Input((size,)), layer])
+        assert 1 < peak() < 1.5
+        checkpoints.load(layer, checkpoint)
+        assert peak() < 0.75
+        model.load_weights(file)
+        assert 1 < peak() < 1.75
+    finally:
+        tracemalloc.stop()

@@ -232,12 +232,16 @@ class Leaves:
 def fill(
     owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] = ()
 ) -> None:
-    """Make the variables of leaves, once it is sure that all of them can be made: see `create_variables`.
+    """Make the variables of leaves: see `create_variables`. The owner knows none of them before all are made.
 
     Raises:
         ValueError: If a leaf cannot be computed from parts as its rule says.
     """
-    initials = [leaf.initials(value) for leaf, value in zip(leaves, values, strict=True)]
-    made = iter(create_variables(owner, [one for part in initials for one in part], outer))
-    for leaf, part in zip(leaves, initials, strict=True):
-        leaf.variables = tuple(itertools.islice(made, len(part)))
+    pairs = list(zip(leaves, values, strict=True))
+    # Leaves of parts one after the other, so that memory never holds the parts of two of them twice.
+    groups = [[pair] for pair in pairs if pair[0].form is not None]
+    for group in (*groups, [pair for pair in pairs if pair[0].form is None]):
+        initials = [leaf.initials(value) for leaf, value in group]
+        made = iter(create_variables(owner, [one for part in initials for one in part], outer))
+        for (leaf, _), part in zip(group, initials, strict=True):
+            leaf.variables = tuple(itertools.islice(made, len(part)))
