@@ -70,7 +70,12 @@ def _rebuild(engine: Engine, pairs: list[tuple[str, Rule]]) -> None:
                 engine.track()
         finally:
             if has_changed:
-                engine.built_weights().set_trainable(layer.trainable)
+                # In the order of a layer that is built so, by which Keras numbers weights and states of optimizers.
+                weights = engine.built_weights()
+                weights.set_trainable(True)
+                _let_go(layer, weights.variables)
+                engine.track()
+                weights.set_trainable(layer.trainable)
                 if engine.specs is not None:
                     engine.renew_program()
                 get_bridge().register(layer)
