@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import check_dtype
@@ -157,6 +158,11 @@ def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> Py
             return merged
     assert error is not None
     raise error
+
+
+def used_inputs(closed: Any) -> list[bool]:
+    """Return which inputs of a closed jaxpr its outputs depend on."""
+    return dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]
 
 
 def _may_be_cropped(inputs: Sequence[Spec], outputs: PyTree) -> bool:

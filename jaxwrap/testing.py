@@ -18,7 +18,7 @@ import numpy as np
 from jaxwrap import checkpoints
 from jaxwrap._dtypes import inexact
 from jaxwrap._layer import Adapter, CallResult, JaxLayer
-from jaxwrap._layer._program import call_adapter
+from jaxwrap._layer._adapter import call_adapter
 from jaxwrap._layer._seeds import drawing
 from jaxwrap._pytree import is_array
 from jaxwrap._typing import Array, PyTree

@@ -35,7 +35,13 @@ def test_page(page, backend, tmp_path, monkeypatch):
         exec(compile(block["code"], page, "exec"), vars(module))
 
 
-NAMES = [*jaxwrap.__all__, "checkpoints.save", "checkpoints.load", "testing.check_adapter"]
+NAMES = [
+    *jaxwrap.__all__,
+    *(f"reparametrizations.{name}" for name in jaxwrap.reparametrizations.__all__),
+    "checkpoints.save",
+    "checkpoints.load",
+    "testing.check_adapter",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,13 @@
 """Leaves that are computed from parts: every built-in over models of every library, files, and a class of one's own."""
 
 import dataclasses
+import gc
+import itertools
 import re
+import tracemalloc
+import weakref
+import zlib
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -72,20 +78,33 @@ LIBRARIES = {
 
 
 def kernels(layer):
-    """The paths of the float parameters with two axes or more."""
+    """The paths of the float parameters with two axes or more, without biases of attention heads."""
     leaves = layer._engine.built_weights().params.leaves
-    return [leaf.path for leaf in leaves if len(leaf.shape) > 1 and leaf.can_train]
+    return [leaf.path for leaf in leaves if len(leaf.shape) > 1 and "bias" not in leaf.path]
 
 
-def pair(library, form):
-    """A layer of a library, and the same one with a form for its kernels; the paths of the kernels, and inputs."""
+def mixed(library, turn):
+    """A layer of a library without parts, the same one with one form after the other for its kernels, and inputs.
+
+    The forms by path begin with the one at `turn`.
+    """
     make, inputs = LIBRARIES[library]
     base = make(seed=0)
     base(inputs)
-    paths = kernels(base)
-    changed = make(seed=0, rules=[(re.escape(path), Rule(reparametrize=form)) for path in paths])
+    names = [*FORMS][turn:] + [*FORMS][:turn]
+    forms = dict(zip(kernels(base), names, strict=False))
+    assert len(forms) == KERNELS[library]
+    rules = [(re.escape(path), Rule(reparametrize=FORMS[name][0])) for path, name in forms.items()]
+    changed = make(seed=0, rules=rules)
     changed(inputs)
-    return base, changed, paths, inputs
+    return base, changed, forms, inputs
+
+
+# The kernels of each. So many turns meet each form in each library.
+KERNELS = {"function": 2, "linen": 7, "nnx": 6, "haiku": 2, "equinox": 3}
+TURNS = [
+    (library, turn) for library, count in KERNELS.items() for turn in range(0, len(FORMS), count)
+]
 
 
 def leaves_of(layer):
@@ -108,54 +127,64 @@ def train(layer, inputs, steps=2, optimizer=None):
     return model
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("name", FORMS)
-def test_leaves_and_outputs_at_the_start(name, library):
-    form, error, _ = FORMS[name]
-    base, changed, paths, inputs = pair(library, form)
+@pytest.mark.parametrize(("library", "turn"), TURNS)
+def test_leaves_and_outputs_at_the_start(library, turn):
+    base, changed, forms, inputs = mixed(library, turn)
     before, after = leaves_of(base), leaves_of(changed)
     assert before.keys() == after.keys()
     for path in before:
-        if error is None and path in paths:
-            continue
-        scale = np.abs(before[path]).max() if path in paths else 0
-        np.testing.assert_allclose(after[path], before[path], 0, (error or 0) * scale, err_msg=path)
-    if error == 0:
-        one, two = (to_numpy(layer(inputs)) for layer in (base, changed))
-        np.testing.assert_allclose(two, one, 1e-6, 1e-6)
+        error = FORMS[forms[path]][1] if path in forms else 0
+        if error is not None:
+            scale = error * np.abs(before[path]).max()
+            np.testing.assert_allclose(after[path], before[path], 0, scale, err_msg=path)
+    # A layer without parts and with these leaves.
+    base.set_variables(changed.get_variables())
+    expected = to_numpy(base(inputs))
+    np.testing.assert_allclose(to_numpy(changed(inputs)), expected, 1e-5, 1e-6)
+    changed.merge()
+    np.testing.assert_allclose(to_numpy(changed(inputs)), expected, 1e-6, 1e-6)
+    assert [v.path for v in changed.weights] == [
+        v.path.replace(base.name, changed.name, 1) for v in base.weights
+    ]
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("name", ["lora", "qlora", "weight norm", "masked"])
-def test_training_moves_the_named_parts_alone_and_merging_keeps_the_model(name, library):
-    form, _, trained = FORMS[name]
-    _, layer, paths, inputs = pair(library, form)
+@pytest.mark.parametrize(("library", "turn"), TURNS)
+def test_training_moves_the_named_parts_alone(library, turn):
+    _, layer, forms, inputs = mixed(library, turn)
     before = values(layer)
-    model = train(layer, inputs)
+    # `keras.Sequential` would know the layer as its own, and give the variables other paths.
+    start = keras.Input(inputs.shape[1:], dtype=str(inputs.dtype))
+    model = keras.Model(start, layer(start))
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    outputs = to_numpy(model(inputs))
+    model.fit(inputs, np.ones_like(outputs), epochs=2, verbose=0)
     after = values(layer)
     moved = {path for path in before if (before[path] != after[path]).any()}
-    for path in paths:
-        own = {variable for variable in before if f"/{path}/" in f"/{variable}"}
-        parts = {variable.rpartition("/")[2]: variable for variable in own}
-        assert trained <= parts.keys()
-        held = {variable for part, variable in parts.items() if part not in trained}
-        assert not held & moved
-    assert any(path.rpartition("/")[2] in trained for path in moved)
-    trainable = {variable.path for variable in layer.trainable_variables}
-    assert len(model.optimizer.variables) <= len(trainable) + 3
-    outputs = to_numpy(layer(inputs))
+    for path, name in forms.items():
+        _, _, trained = FORMS[name]
+        parts = {variable for variable in before if f"/{path}/" in f"/{variable}"}
+        named = {variable for variable in parts if variable.rpartition("/")[2] in trained}
+        assert len(named) == len(trained)
+        updated = {variable for variable in parts if variable.endswith(("/left", "/right"))}
+        assert named <= moved
+        assert moved & parts <= named | updated
+    # Adam keeps two numbers of each that is trained, the number of its steps, and the rate.
+    assert len(model.optimizer.variables) == 2 * len(layer.trainable_variables) + 2
+    outputs = to_numpy(model(inputs))
     layer.merge()
-    np.testing.assert_allclose(to_numpy(layer(inputs)), outputs, 1e-5, 1e-6)
-    assert len(layer.weights) == len(pair(library, form)[0].weights)
+    np.testing.assert_allclose(to_numpy(layer(inputs)), outputs, 1e-6, 1e-6)
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("name", ["lora", "qlora", "weight norm", "spectral norm", "masked", "own"])
+@pytest.mark.parametrize("name", ["lora", "qlora", "weight norm", "masked", "own"])
 def test_gradients_are_those_of_jax(name):
     form, _, trained = FORMS[name]
     inputs = models.x(4, 5)
-    _, layer, _, _ = pair("function", form)
+    layer = JaxLayer(
+        models.mlp_call, models.mlp_init, rules={".*/w": Rule(reparametrize=form)}, seed=0
+    )
+    layer(inputs)
     parts = jax.tree.map(jnp.asarray, layer.get_variables(merged=False))["params"]
     shapes = jax.tree.map(
         np.shape, layer.get_variables()["params"], is_leaf=lambda x: hasattr(x, "shape")
@@ -535,3 +564,312 @@ def test_a_compiled_model_has_to_be_compiled_again():
     np.testing.assert_array_equal(to_numpy(model(inputs)), before)
     model.compile("adam", "mse")
     model.fit(inputs, target, verbose=0)
+
+
+def dropout_of_rows(parts, key, path, rate):
+    """The leaf of `LoRA(dropout=rate)` in training, in plain JAX."""
+    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    rows = jax.random.bernoulli(own, 1 - rate, (len(parts["a"]), 1))
+    return parts["base"] + jnp.where(rows, parts["a"] / (1 - rate), 0) @ parts["b"]
+
+
+def part_state(layer):
+    return to_numpy(layer._engine.seeds.states()["parts"].value).astype("uint32")
+
+
+def test_dropout_of_lora_draws_in_training_alone():
+    form = LoRA(2, dropout=0.5)
+    layer = JaxLayer(
+        lambda params, inputs: inputs @ params["w"],
+        params={"w": models.x(6, 4)},
+        rules={".*": Rule(reparametrize=form)},
+    )
+    inputs = models.x(3, 6)
+    layer.build(inputs.shape)
+    for variable in layer.trainable_variables:
+        variable.assign(models.x(*variable.shape))
+    base = to_numpy(layer(inputs))
+    np.testing.assert_allclose(base, inputs @ layer.get_variables()["params"]["w"], 1e-5, 1e-5)
+    parts = layer.get_variables(merged=False)["params"]["w"]
+    start = part_state(layer)
+    assert start[1] == 0
+    for count in range(3):
+        key = jax.random.wrap_key_data(jnp.array([start[0], count], "uint32"))
+        expected = inputs @ dropout_of_rows(parts, key, "params/w", 0.5)
+        np.testing.assert_allclose(to_numpy(layer(inputs, training=True)), expected, 1e-5, 1e-5)
+        assert np.abs(expected - base).max() > 0.1
+        assert part_state(layer)[1] == count + 1
+    np.testing.assert_array_equal(to_numpy(layer(inputs)), base)
+    assert part_state(layer)[1] == 3
+
+
+@pytest.mark.trains
+def test_gradients_with_dropout_of_lora_are_those_of_jax(backend):
+    layer = dense(LoRA(2, dropout=0.5))[1]
+    inputs = models.x(3, 6)
+    for variable in layer.trainable_variables:
+        variable.assign(models.x(*variable.shape))
+    params = layer.get_variables(merged=False)["params"]
+    key = jax.random.wrap_key_data(jnp.asarray(part_state(layer)))
+
+    def loss(params):
+        kernel = dropout_of_rows(params["kernel"], key, "params/kernel", 0.5)
+        return (inputs @ kernel + params["bias"]).sum()
+
+    gradients = jax.grad(loss)(jax.tree.map(jnp.asarray, params))
+    expected = [gradients["bias"], gradients["kernel"]["a"], gradients["kernel"]["b"]]
+    assert [v.name for v in layer.trainable_variables] == ["bias", "a", "b"]
+    ones = [np.ones((3, 4), "float32")]
+    _, (found, _) = backend.layer_vjp(layer, inputs, True, ones)
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(one), two, 1e-5, 1e-5)
+    assert (np.asarray(expected[1]) == 0).all(axis=1).any()
+
+
+def test_a_seed_for_parts_is_there_while_a_leaf_draws(tmp_path):
+    model, layer = dense(LoRA(2))
+    states = {path: v.path for path, v in layer._engine.seeds.states().items()}
+    assert "parts" not in states
+    count = len(layer.variables)
+    layer.reparametrize(".*/kernel", LoRA(2, dropout=0.5))
+    assert len(layer.variables) == count + 1
+    inputs = models.x(3, 6)
+    model(inputs, training=True)
+    assert part_state(layer)[1] == 1
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras").layers[-1]
+    np.testing.assert_array_equal(part_state(loaded), part_state(layer))
+    outputs = to_numpy(model(inputs))
+    layer.merge()
+    assert len(layer.variables) == count - 2
+    np.testing.assert_allclose(to_numpy(model(inputs, training=True)), outputs, 1e-6, 1e-6)
+
+
+@pytest.mark.trains
+def test_dropout_of_lora_draws_anew_in_each_step_of_fit():
+    model, layer = dense(LoRA(2, dropout=0.5))
+    for variable in layer.trainable_variables:
+        variable.assign(models.x(*variable.shape))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    inputs = np.repeat(models.x(1, 6), 8, axis=0)
+    # No weight moves, so losses differ by their draws.
+    losses = [model.train_on_batch(inputs, np.zeros((8, 4))) for _ in range(6)]
+    assert len(set(losses)) > 1
+    assert part_state(layer)[1] == 6
+
+
+def test_dropout_of_what_is_no_probability_is_refused():
+    for dropout in (1.0, -0.1, "half"):
+        with pytest.raises(ValueError, match=f"`dropout` must be a number .* received {dropout!r}"):
+            LoRA(2, dropout=dropout)
+
+
+def spectral_step(parts, steps):
+    """The parts after the power iteration of one training call, in NumPy."""
+    matrix = parts["weight"].reshape(-1, parts["weight"].shape[-1])
+    left, right = parts["left"], parts["right"]
+    for _ in range(steps):
+        left = matrix @ right
+        left = left / np.linalg.norm(left)
+        right = matrix.T @ left
+        right = right / np.linalg.norm(right)
+    return {**parts, "left": left, "right": right}
+
+
+def spectral_leaf(weight, parts):
+    matrix = weight.reshape(-1, weight.shape[-1])
+    return weight / (parts["left"] @ matrix @ parts["right"])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_spectral_norm_iterates_in_training(steps, backend):
+    layer = JaxLayer(
+        lambda params, inputs: jnp.tensordot(inputs, params["w"], 2),
+        params={"w": models.x(2, 3, 4)},
+        rules={".*": Rule(reparametrize=SpectralNorm(steps))},
+    )
+    inputs = models.x(5, 2, 3)
+
+    def parts():
+        return layer.get_variables(merged=False)["params"]["w"]
+
+    layer.build(inputs.shape)
+    expected = parts()
+    sigma = np.linalg.norm(expected["weight"].reshape(6, 4), 2)
+    np.testing.assert_allclose(layer.get_variables()["params"]["w"] * sigma, models.x(2, 3, 4), 0.1)
+    weight, *_ = layer.trainable_variables
+    assert [v.name for v in layer.non_trainable_variables] == ["left", "right"]
+    for _ in range(2):
+        # A weight that moves, so that the vectors do.
+        weight.assign(to_numpy(weight.value) + models.x(2, 3, 4, seed=3))
+        expected = spectral_step({**expected, "weight": to_numpy(weight.value)}, steps)
+
+        def call(weight, expected=expected):
+            return jnp.tensordot(inputs, spectral_leaf(weight, expected), 2)
+
+        cotangent = models.x(5, 4, seed=2)
+        outputs, gradients = backend.layer_vjp(layer, inputs, True, [cotangent])
+        value, pullback = jax.vjp(call, expected["weight"])
+        np.testing.assert_allclose(to_numpy(outputs), value, 1e-4, 1e-5)
+        if backend.trains:
+            np.testing.assert_allclose(
+                to_numpy(gradients[0][0]), pullback(cotangent)[0], 1e-4, 1e-5
+            )
+        jax.tree.map(
+            lambda one, two: np.testing.assert_allclose(one, two, 1e-4, 1e-5), parts(), expected
+        )
+    before = parts()
+    np.testing.assert_allclose(to_numpy(layer(inputs)), value, 1e-4, 1e-5)
+    jax.tree.map(np.testing.assert_array_equal, parts(), before)
+
+
+@pytest.mark.only("torch")
+def test_spectral_norm_is_that_of_torch():
+    import torch
+
+    layer = JaxLayer(
+        lambda params, inputs: inputs @ params,
+        params=models.x(6, 4),
+        rules={".*": Rule(reparametrize=SpectralNorm())},
+    )
+    inputs, target = models.x(3, 6), models.x(3, 4, seed=1)
+    layer.build(inputs.shape)
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.tensor(models.x(6, 4)))
+    norm = torch.nn.utils.parametrizations.spectral_norm(module).parametrizations.weight[0]
+    parts = layer.get_variables(merged=False)["params"]
+    norm._u.copy_(torch.tensor(parts["left"]))
+    norm._v.copy_(torch.tensor(parts["right"]))
+    (own,) = layer.trainable_variables
+    calls = (
+        (lambda: layer(inputs, training=True), [own.value]),
+        (lambda: torch.tensor(inputs) @ module.weight, list(module.parameters())),
+    )
+    for call, parameters in calls:
+        optimizer = torch.optim.SGD(parameters, 0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            ((call() - torch.tensor(target)) ** 2).mean().backward()
+            optimizer.step()
+    parts = layer.get_variables(merged=False)["params"]
+    for found, expected in (
+        (parts["weight"], module.parametrizations.weight.original),
+        (parts["left"], norm._u),
+        (parts["right"], norm._v),
+        (to_numpy(layer(inputs)), torch.tensor(inputs) @ module.eval().weight),
+    ):
+        np.testing.assert_allclose(found, expected.detach().numpy(), 1e-5, 1e-5)
+
+
+def test_nested_parts_get_new_values_too():
+    layer = dense(LoRA(2, base=SpectralNorm()))[1]
+    weight = next(v for v in layer.weights if v.path.endswith("base/weight"))
+    weight.assign(models.x(6, 4))
+    before = values(layer)
+    layer(models.x(3, 6), training=True)
+    moved = {p.partition("kernel/")[2] for p, v in values(layer).items() if (v != before[p]).any()}
+    assert moved == {"base/left", "base/right"}
+
+
+def test_new_values_of_other_parts_are_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Moving(Scaled):
+        name: str
+        value: float | tuple
+
+        def apply_training(self, parts, shape, key):
+            return self.apply(parts, shape), {self.name: jnp.asarray(self.value)}
+
+    for form, problem in (
+        (Moving("scale", 1.0), r"new values of frozen parts.*'scale': 'float32\(\)'"),
+        (Moving("direction", (1.0, 2.0)), r"new values of frozen parts.*float32\(2,\)"),
+        (Moving("velocity", 1.0), r"\['velocity'\]; the parts are .*direction"),
+    ):
+        _, layer = dense()
+        with pytest.raises(ValueError, match=rf"params/kernel, .*Moving.apply_training.*{problem}"):
+            layer.reparametrize(".*/kernel", form)
+
+
+def stack_of(count, size, **kwargs):
+    def init(rng, inputs):
+        return [jax.random.normal(key, (size, size)) for key in jax.random.split(rng, count)]
+
+    def call(params, inputs):
+        for kernel in params:
+            inputs = inputs @ kernel
+        return inputs
+
+    return JaxLayer(call, init, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched(Int8):
+    watch: Callable[[], None] = None
+
+    def init(self, leaf, key):
+        self.watch()
+        return super().init(leaf, key)
+
+
+def test_leaves_are_quantized_one_after_the_other():
+    count = 4
+    layer = stack_of(count, 8)
+    start = keras.Input((8,))
+    model = keras.Model(start, layer(start))
+    model.predict(models.x(2, 8), verbose=0)
+    layer(models.x(2, 8), training=True)
+    variables = [weakref.ref(variable) for variable in layer.weights]
+    living = []
+    layer.reparametrize(
+        ".*", Watched(watch=lambda: living.append(sum(ref() is not None for ref in variables)))
+    )
+    # First a look at all, then the change.
+    assert living == [*[count] * count, *range(count, 0, -1)]
+    assert not any(ref() for ref in variables)
+
+
+def live_bytes():
+    """The bytes of all arrays of JAX, memory that several share counted once, and of all arrays of NumPy."""
+    arrays = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}
+    only = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    traces = tracemalloc.take_snapshot().filter_traces([only]).traces
+    return sum(arrays.values()) + sum(trace.size for trace in traces)
+
+
+@pytest.mark.only("jax")
+def test_memory_holds_a_base_once(tmp_path):
+    count, size, most = 12, 64, []
+    file, checkpoint = tmp_path / "base.weights.h5", tmp_path / "base.safetensors"
+    turns = itertools.count(1)
+
+    def watch():
+        # Not at each leaf, since the snapshots take long.
+        if next(turns) % 4 == 0:
+            most.append(live_bytes())
+
+    watched = Watched(watch=watch)
+
+    def peak():
+        highest = (max(most) - before) / (count * size * size * 4)
+        most.clear()
+        return highest
+
+    tracemalloc.start()
+    try:
+        before = live_bytes()
+        model = keras.Sequential([keras.Input((size,)), stack_of(count, size)])
+        model.save_weights(file)
+        checkpoints.save(model.layers[0], checkpoint)
+        model.layers[0].reparametrize(".*", watched)
+        assert 1 < peak() < 1.5
+        del model
+        gc.collect()
+        layer = stack_of(count, size, rules={".*": Rule(reparametrize=watched)})
+        model = keras.Sequential([keras.Input((size,)), layer])
+        assert 1 < peak() < 1.5
+        checkpoints.load(layer, checkpoint)
+        assert peak() < 0.75
+        model.load_weights(file)
+        assert 1 < peak() < 1.75
+    finally:
+        tracemalloc.stop()

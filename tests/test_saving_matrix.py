@@ -96,6 +96,17 @@ def test_what_one_backend_wrote_another_reads(source, way, folders, backend):
         assert_as_written(read(folders[source], way, compiled), arrays)
 
 
+@pytest.mark.parametrize("source", BACKENDS)
+def test_adapters_of_one_backend_load_on_another(source, folders):
+    model = make()
+    before = [plain(variable.value) for variable in model.variables]
+    jaxwrap.checkpoints.load(model, folders[source] / "trained.npz")
+    with np.load(folders[source] / "arrays.npz") as arrays:
+        for index, variable in enumerate(model.variables):
+            expected = arrays[f"variable.{index:03d}"] if variable.trainable else before[index]
+            np.testing.assert_array_equal(plain(variable.value), expected, variable.path)
+
+
 @pytest.mark.trains
 @pytest.mark.parametrize("source", [name for name in BACKENDS if name != "numpy"])
 def test_a_training_by_optax_goes_on_on_another_backend(source, folders):

@@ -15,7 +15,7 @@ class _Linked(dict[str, Any]):
     So `torch.func.functional_call`, which puts tensors there for a call, reaches Keras's variables, which layers read.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], variables: Mapping[str, Any]):
+    def __init__(self, tensors: Mapping[str, Any], variables: dict[str, Any]):
         super().__init__(tensors)
         self._variables = variables
 
@@ -24,11 +24,15 @@ class _Linked(dict[str, Any]):
         if isinstance(tensor, torch.Tensor) and name in self._variables:
             self._variables[name]._value = tensor
 
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._variables.pop(name, None)
+
 
 class Variables(torch.nn.ParameterDict):
     """Tensors of variables, by path. Those that no gradient reaches, such as seeds, are buffers."""
 
-    def __init__(self, variables: Mapping[str, Any]):
+    def __init__(self, variables: dict[str, Any]):
         super().__init__({path: variable.value for path, variable in variables.items()})
         self._parameters = _Linked(self._parameters, variables)
         self._buffers = _Linked(self._buffers, variables)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxwrap._pytree import is_leaf_array, path_str
 from jaxwrap._serialization import deserialize, serialize_callable
+from jaxwrap._tracing import explained
 from jaxwrap._typing import Array, PyTree
 
 
@@ -218,3 +219,21 @@ def _total(losses: PyTree) -> Array | None:
     if not leaves:
         return None
     return sum(jnp.sum(leaf).astype(jnp.float32) for leaf in leaves)
+
+
+def call_adapter(
+    adapter: Adapter, *arguments: Any, names: Mapping[str, str] | None = None
+) -> CallResult:
+    """Call the model, and check its result.
+
+    Raises:
+        TypeError: If it is not a `CallResult` of arrays.
+    """
+    with explained(names):
+        result = adapter.call(*arguments)
+    if not isinstance(result, CallResult):
+        raise TypeError(
+            f"`{type(adapter).__name__}.call` must return a `jaxwrap.CallResult`; it returned a "
+            f"{type(result).__name__}."
+        )
+    return result.finished()

@@ -177,11 +177,11 @@ class Calls:
         changed: list[keras.Variable] = []
         values: list[Any] = []
         if result.state and (training or layer.update_state_in_inference):
-            state = engine.weights.state.variables  # type: ignore[union-attr]
-            changed += [state[index] for index in result.state]
+            variables = engine.weights.variables  # type: ignore[union-attr]
+            changed += [variables[index] for index in result.state]
             values += result.state.values()
         # JAX cannot assign a seed while it traces. So calls count their draws, and seeds move here, after the call.
-        for generator, count in zip(engine.seeds.generators.values(), result.draws, strict=True):
+        for generator, count in zip(engine.seeds.all().values(), result.draws, strict=True):
             if count:
                 changed.append(generator.state)
                 values.append(generator.after(count))

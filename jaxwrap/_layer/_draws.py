@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.extend.core import jaxpr_as_fun
-from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxwrap._specs import used_inputs
 from jaxwrap._typing import PyTree
 
 
@@ -37,8 +37,3 @@ def call_and_look(
     used = used_inputs(closed)
     flat = jaxpr_as_fun(closed)(*jax.tree_util.tree_leaves((keys, rest)))
     return jax.tree_util.tree_structure(shapes).unflatten(flat), any(used[:count])
-
-
-def used_inputs(closed: Any) -> list[bool]:
-    """Return which inputs of a closed jaxpr its outputs depend on."""
-    return dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]

@@ -83,7 +83,7 @@ class Engine:
         if self.weights is not None:
             other.weights = self.weights.copied(find)
         if self.program is not None:
-            generators = tuple(other.seeds.generators.values())
+            generators = tuple(other.seeds.all().values())
             other.program = self.program.copied(other.built_weights(), generators)
         return other
 
@@ -98,20 +98,14 @@ class Engine:
         self.seeds.create(layer)
         # Set on the layer, because Keras does not look into the engine.
         layer.seed_generator, layer.stream_generators = None, []
-        # Past Keras, which finds them in the generators. NNX looks into lists of variables only.
-        object.__setattr__(layer, "_seed_states", list(self.seeds.states().values()))
+        self.seeds.note(layer)
         if self.adapter.draws == "in training":
-            self._attach_seeds()
+            self.seeds.attach(layer)
         self.has_values = params is not None or state is not None
         values = (params, state) if self.has_values else self.adapter.initial()
         if values is not None:
             self.create_weights(*values)
             get_bridge().register(layer)
-
-    def _attach_seeds(self) -> None:
-        layer = self.layer
-        layer.seed_generator = self.seeds.generators.get("seed")
-        layer.stream_generators = [g for name, g in self.seeds.generators.items() if name != "seed"]
 
     # Building.
 
@@ -150,13 +144,14 @@ class Engine:
         if self.adapter.draws == "always":
             if not any(flag is not False for flag in draws):
                 self.seeds.generators = {}
-            self._attach_seeds()
+            self.seeds.attach(self.layer)
+        self.seeds.attach_parts(self.layer, self.built_weights().params.draws)
         _, structure = partition_specs(specs)
         self.program = Program(
             self.adapter,
             self.inputs,
             self.built_weights(),
-            tuple(self.seeds.generators.values()),
+            self.seeds,
             self.draw_keys,
             draws,
             structure,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +13,12 @@ import keras
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from jaxwrap._bridge import BridgedFunction, get_bridge
-from jaxwrap._layer._adapter import Adapter, CallResult
+from jaxwrap._layer._adapter import Adapter, call_adapter
 from jaxwrap._layer._draws import Draws, call_and_look
 from jaxwrap._layer._fast import Route
 from jaxwrap._layer._inputs import Inputs
-from jaxwrap._layer._seeds import Generator, drawing
+from jaxwrap._layer._seeds import Generator, Seeds, drawing
 from jaxwrap._pytree import Structure, is_array, partition, static_key
-from jaxwrap._tracing import explained
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static, Tensor
 from jaxwrap._weights import Weights
 from jaxwrap._weights._variables import current_values
@@ -40,7 +39,7 @@ class Flowing(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The results that the layer assigns: new values of state variables by index, and metrics by name."""
+    """The results that the layer assigns: new values of variables by index, and metrics by name."""
 
     state: dict[int, Array]
     metrics: dict[str, Array]
@@ -130,11 +129,14 @@ class _Order:
         """The values of all variables now."""
         return current_values(self._held)
 
-    def roles(self, trained: Sequence[bool], inputs: int) -> tuple[Role, ...]:
-        """The role of each tensor."""
+    def roles(
+        self, trained: Sequence[bool], updated: Collection[int], inputs: int
+    ) -> tuple[Role, ...]:
+        """The role of each tensor. The parameters in `updated` get new values, as state does."""
         params, _, held = self._ends
+        own = [Role.PARAMETER if is_trained else Role.FROZEN for is_trained in trained]
         return (
-            *(Role.PARAMETER if is_trained else Role.FROZEN for is_trained in trained),
+            *(Role.STATE if n in updated else role for n, role in enumerate(own)),
             *(Role.STATE for _ in range(held - params)),
             *(Role.INPUT for _ in range(inputs)),
         )
@@ -172,7 +174,7 @@ class Program:
         adapter: Adapter,
         inputs: Inputs,
         weights: Weights,
-        generators: Sequence[Generator],
+        seeds: Seeds,
         draw_keys: Callable[[bool], PyTree],
         draws: Draws,
         built_for: Structure,
@@ -184,7 +186,7 @@ class Program:
             adapter: The model.
             inputs: What it is called with.
             weights: The variables.
-            generators: What `draw_keys` draws from.
+            seeds: What `draw_keys` draws from.
             draw_keys: Makes the keys of a call, for its train flag.
             draws: Whether calls draw.
             built_for: The structure of the arguments that `draws` is about.
@@ -194,7 +196,8 @@ class Program:
         self._adapter = adapter
         self._inputs = inputs
         self._weights = weights
-        self._generators = generators
+        self._seeds = seeds
+        self._generators = generators = tuple(seeds.all().values())
         self._draw_keys = draw_keys
         self._draws = draws
         self._built_for = built_for
@@ -242,9 +245,11 @@ class Program:
         if arguments == self._built_for:
             draws = self._draws.training if training else self._draws.inference
         # A call that does not draw takes no seeds, so that no graph of TensorFlow captures them.
-        has_seeds = draws is not False
+        params = self._weights.params
+        has_seeds = draws is not False or (training and params.draws)
         order = self._orders[has_seeds]
-        roles = order.roles(trained, arguments.array_count())
+        updated = params.updated if training else ()
+        roles = order.roles(trained, updated, arguments.array_count())
         flat = self._flat_function(arguments, training, order, draws)
         return _Function(get_bridge().wrap(flat, roles, self._platforms), has_seeds)
 
@@ -260,13 +265,16 @@ class Program:
             states = seeds or [jnp.zeros(2, jnp.uint32) for _ in self._generators]
             with drawing(self._generators, states) as counted:
                 keys = self._draw_keys(training)
+                own = (
+                    self._seeds.key_of_parts() if training and self._weights.params.draws else None
+                )
 
             def call(keys: PyTree, rest: PyTree) -> tuple[Flowing, Kept]:
-                params, state, fed = rest
+                params, state, fed, own = rest
                 fed = arguments.unflatten(fed)
-                return self._call(params, state, keys, fed, training, names)
+                return self._call(params, state, (keys, own), fed, training, names)
 
-            rest = (params, state, fed)
+            rest = (params, state, fed, own)
             # In a symbolic scope Keras asks for shapes only, and to look for draws takes longer.
             if draws is not None or not jax.tree_util.tree_leaves(keys) or in_symbolic_scope():
                 results, drew = call(keys, rest), draws is not False
@@ -277,7 +285,10 @@ class Program:
             )
             # A key that nothing uses does not count: inference without randomness leaves the seeds as they are.
             # Small values only: what `Static` holds lives as long as JAX's caches.
-            counts = counted.counts() if drew else (0,) * len(self._generators)
+            counts = tuple(
+                count if drew or generator is self._seeds.parts else 0
+                for generator, count in zip(self._generators, counted.counts(), strict=True)
+            )
             static = Static(Outcome(structure, kept_structure, counts))
             return FlatResult(tuple(flowing), tuple(kept), static)
 
@@ -287,43 +298,30 @@ class Program:
         self,
         params: Sequence[Array],
         state: Sequence[Array],
-        keys: PyTree,
+        keys: tuple[PyTree, Array | None],
         arguments: dict[str, PyTree],
         training: bool,
         names: Mapping[str, str],
     ) -> tuple[Flowing, Kept]:
         # A list, since a model may change the containers that it gets in place.
         old = self._weights.state.decode_leaves(state)
+        leaves = self._weights.params
+        decoded, new = (
+            leaves.decode_training(params, keys[1]) if training else (leaves.decode(params), {})
+        )
         result = call_adapter(
             self._adapter,
-            self._weights.params.decode(params),
+            decoded,
             self._weights.state.structure.unflatten(old),
-            keys,
+            keys[0],
             self._inputs.for_adapter(arguments),
             training,
             names=names,
         )
         # Only what has changed comes back. Each array costs time on its way to the backend.
         changed = self._weights.state.encode(result.state, _STATE_DIFFERS, old)
-        return Flowing(result.outputs, result.losses), Kept(changed, dict(result.metrics))
-
-
-def call_adapter(
-    adapter: Adapter, *arguments: Any, names: Mapping[str, str] | None = None
-) -> CallResult:
-    """Call the model, and checks its result.
-
-    Raises:
-        TypeError: If it is not a `CallResult` of arrays.
-    """
-    with explained(names):
-        result = adapter.call(*arguments)
-    if not isinstance(result, CallResult):
-        raise TypeError(
-            f"`{type(adapter).__name__}.call` must return a `jaxwrap.CallResult`; it returned a "
-            f"{type(result).__name__}."
-        )
-    return result.finished()
+        new |= {len(params) + index: value for index, value in changed.items()}
+        return Flowing(result.outputs, result.losses), Kept(new, dict(result.metrics))
 
 
 def kind_of(treedef: Any, leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -56,23 +57,46 @@ def quantize(engine: Engine, mode: str | None) -> None:
 
 def _rebuild(engine: Engine, pairs: list[tuple[str, Rule]]) -> None:
     with engine.lock:
-        weights, layer = engine.built_weights(), engine.layer
-        removed = weights.rebuild(layer, pairs)
-        was_locked = layer._tracker.locked
+        layer = engine.layer
+        was_locked, has_changed = layer._tracker.locked, False
         layer._tracker.unlock()
-        for variable in removed:
-            layer._untrack_variable(variable)
-        engine.track()
-        if layer.built and was_locked:
-            layer._lock_state()
-        weights.set_trainable(layer.trainable)
-        if engine.program is not None:
-            engine.renew_program()
-        get_bridge().register(layer)
-        for model in _models_with(layer):
-            # What was compiled has the old variables in it, and so has the optimizer. `fit` now asks for `compile`.
-            model.train_function = model.test_function = model.predict_function = None
-            model.compiled = False
+        try:
+            for removed in engine.built_weights().rebuild(layer, pairs):
+                if not has_changed:
+                    has_changed = True
+                    _drop_compiled(engine)
+                _let_go(layer, removed)
+                del removed
+                engine.track()
+        finally:
+            if has_changed:
+                # In the order of a layer that is built so, by which Keras numbers weights and states of optimizers.
+                weights = engine.built_weights()
+                weights.set_trainable(True)
+                _let_go(layer, weights.variables)
+                engine.track()
+                weights.set_trainable(layer.trainable)
+                if engine.specs is not None:
+                    engine.renew_program()
+                get_bridge().register(layer)
+            if was_locked:
+                layer._lock_state()
+
+
+def _drop_compiled(engine: Engine) -> None:
+    """Drop what has the old variables in it, so that memory need not hold them until all leaves are new ones."""
+    engine.program = None
+    for model in _models_with(engine.layer):
+        # So has the optimizer. `fit` now asks for `compile`.
+        model.train_function = model.test_function = model.predict_function = None
+        model.compiled = False
+    # Compiled functions are in cycles.
+    gc.collect()
+
+
+def _let_go(layer: Any, variables: Sequence[keras.Variable]) -> None:
+    for variable in variables:
+        layer._untrack_variable(variable)
 
 
 def _models_with(layer: Any) -> list[keras.Model]:

@@ -19,6 +19,8 @@ from jaxwrap._typing import Array, PyTree, Tensor
 
 # Initial values are drawn from counters that calls do not reach.
 _INIT_COUNTER = 1 << 31
+# The name of the generator for leaves of parts.
+PARTS = "parts"
 
 
 def to_key(seed: Tensor, impl: str | None = None) -> Array:
@@ -63,7 +65,8 @@ class Seeds:
 
     Attributes:
         streams: The names of the streams, with seeds of their own. None for one stream without a name.
-        generators: The generators, by the names under which files hold their states.
+        generators: The generators of the model, by the names under which files hold their states.
+        parts: The generator for leaves of parts, if one of them draws.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Seeds:
         self.base = random.randint(1, 10**9) if seed is None else seed
         self.streams = streams
         self.generators: dict[str, Generator] = {}
+        self.parts: Generator | None = None
         self._draws = draws
         self._impl = impl
         self._init_draws = 0
@@ -93,9 +97,36 @@ class Seeds:
                 for name, seed in seeds.items()
             }
 
+    def attach(self, owner: Any) -> None:
+        """Let Keras track the generators."""
+        owner.seed_generator = self.generators.get("seed")
+        owner.stream_generators = [g for name, g in self.all().items() if name != "seed"]
+
+    def note(self, owner: Any) -> None:
+        """Let NNX, which looks into lists of variables only, find the states of the generators."""
+        # Past Keras, which finds them in the generators.
+        object.__setattr__(owner, "_seed_states", list(self.states().values()))
+
+    def attach_parts(self, owner: Any, draws: bool) -> None:
+        """Make the generator for leaves of parts if they draw, or remove it."""
+        if draws is (self.parts is not None):
+            return
+        if not draws:
+            owner._tracker.untrack(self.parts)
+            self.parts = None
+        else:
+            with keras.name_scope(owner.name, caller=owner):
+                self.parts = Generator(self.base, name=PARTS)
+        self.note(owner)
+        self.attach(owner)
+
+    def all(self) -> dict[str, Generator]:
+        """Return all generators, that for leaves of parts last."""
+        return self.generators if self.parts is None else {**self.generators, PARTS: self.parts}
+
     def states(self) -> dict[str, keras.Variable]:
         """Return the variable of each generator."""
-        return {name: generator.state for name, generator in self.generators.items()}
+        return {name: generator.state for name, generator in self.all().items()}
 
     def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Seeds:
         """Return the same seeds, with generators whose states are the variables that `find` returns."""
@@ -103,6 +134,7 @@ class Seeds:
         other.generators = {
             name: generator.copied(find) for name, generator in self.generators.items()
         }
+        other.parts = self.parts and self.parts.copied(find)
         return other
 
     def restart(self) -> None:
@@ -117,6 +149,11 @@ class Seeds:
     def next_call(self) -> Any:
         """Return a new seed for a call."""
         return self.generators["seed"].next()
+
+    def key_of_parts(self) -> Array:
+        """Return a new key for the leaves of parts."""
+        assert self.parts is not None
+        return to_key(self.parts.next(), "threefry2x32")
 
     def for_init(self, next_seed: Callable[[], Any]) -> PyTree:
         """Return a seed, or one for each stream and for "params"."""

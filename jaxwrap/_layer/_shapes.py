@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxwrap._layer._draws import used_inputs
-from jaxwrap._layer._program import call_adapter
+from jaxwrap._layer._adapter import call_adapter
 from jaxwrap._layer._seeds import Generator, drawing
-from jaxwrap._specs import abstract_call, fillings, partition_specs
+from jaxwrap._specs import abstract_call, fillings, partition_specs, used_inputs
 from jaxwrap._typing import PyTree
 
 if TYPE_CHECKING:

@@ -84,21 +84,25 @@ def load(
             "the weights in the file are not those that were written: their checksum differs. No weight has been "
             "changed. The file is damaged. Use another copy."
         )
-    pairs: list[tuple[keras.Variable, np.ndarray]] = []
     for path, target in weights.items():
         if isinstance(target, Leaf):
-            arrays[path] = _from_file(arrays[path], target.stored).astype(target.stored)
-            pairs += zip(target.variables, target.split(arrays[path]), strict=True)
+            array = _from_file(arrays[path], target.stored)
+            arrays[path] = array.astype(target.stored, copy=False)
+            target.split(arrays[path])  # only to see whether it can be split
         else:
             arrays[path] = _from_file(arrays[path], target.dtype)
-            pairs.append((target, arrays[path]))
     if lines := check(arrays):
         raise ValueError(
             "the weights in the file do not fit the layer. No weight has been changed.\n"
             + "\n".join(lines)
         )
-    for variable, array in pairs:
-        assign(variable, array)
+    # Each array goes as soon as it is assigned, so that memory never holds two copies of the whole.
+    for path, target in weights.items():
+        array = arrays.pop(path)
+        if isinstance(target, Leaf):
+            target.write(array)
+        else:
+            assign(target, array)
     # The layer may have other streams than the one that wrote the file.
     for path, variable in own_seeds.items():
         if path in arrays:

@@ -124,7 +124,11 @@ class Leaf:
         return [not held and inexact(str(array.dtype)) for held, array in frozen]
 
     def _key(self) -> Array:
-        return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(self.path.encode()))
+        return jax.random.fold_in(jax.random.key(self.seed), self._number())
+
+    def _number(self) -> int:
+        # So that the numbers of a leaf do not depend on other leaves.
+        return zlib.crc32(self.path.encode())
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -163,12 +167,35 @@ class Leaf:
             array = self._fold(arrays)
         if self.impl is not None:
             return jax.random.wrap_key_data(array, impl=self.impl)
-        # Cast in the compiled function, where it costs nothing, and gradients come back in the dtype of the variable.
+        return self._cast(array)
+
+    def decode_training(
+        self, arrays: Sequence[Array], key: Array | None
+    ) -> tuple[Array, dict[int, Array]]:
+        """Compute the leaf in a training call, and new values of parts by their place.
+
+        Args:
+            arrays: The values of the variables.
+            key: The key of the call for all leaves. None if no leaf draws.
+        """
+        if self.layout is None or not self.layout.differs:
+            return self.decode(arrays), {}
+        own = jax.random.key(0)
+        if self.layout.draws:
+            assert key is not None
+            own = jax.random.fold_in(key, self._number())
+        array, new = self.layout.fold_training(self._typed(arrays), own)
+        return self._cast(array.astype(self.stored)), new
+
+    def _cast(self, array: Array) -> Array:
+        # In the compiled function, where it costs nothing, and gradients come back in the dtype of the variable.
         return array if self.cast is None else array.astype(self.cast)
 
     def _fold(self, arrays: Sequence[Array]) -> Array:
-        typed = [jnp.asarray(a, v.dtype) for a, v in zip(arrays, self.variables, strict=True)]
-        return self.layout.fold(typed).astype(self.stored)  # type: ignore[union-attr]
+        return self.layout.fold(self._typed(arrays)).astype(self.stored)  # type: ignore[union-attr]
+
+    def _typed(self, arrays: Sequence[Array]) -> list[Array]:
+        return [jnp.asarray(a, v.dtype) for a, v in zip(arrays, self.variables, strict=True)]
 
     def encode(self, value: Any) -> list[Array]:
         """Compute the value of its one variable from a new leaf, as state has them."""

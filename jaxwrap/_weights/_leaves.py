@@ -26,6 +26,8 @@ class Leaves:
         leaves: The leaves, in leaf order.
         variables: The variables of all leaves.
         tree: The user's pytree, with the variable of a leaf in its place.
+        draws: Whether leaves need a key in a training call.
+        updated: The indices of the variables of parts that get new values in a training call.
     """
 
     def __init__(self, structure: Structure, leaves: Sequence[Leaf], order: Iterable[int] = ()):
@@ -49,6 +51,11 @@ class Leaves:
             variable for place in self._order for variable in self.leaves[place].variables
         ]
         self.tree = structure.unflatten(leaf.tree() for leaf in self.leaves)
+        layouts = [(place, leaf.layout) for place, leaf in enumerate(self.leaves) if leaf.layout]
+        self.draws = any(layout.draws for _, layout in layouts)
+        self.updated = frozenset(
+            self._slices[place].start + n for place, layout in layouts for n in layout.updated
+        )
         places = {leaf.path: place for place, leaf in enumerate(self.leaves)}
         # Leaves without variables, which have the value of another one.
         self._tied = {
@@ -85,10 +92,33 @@ class Leaves:
 
     def decode_leaves(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the leaves alone, as JAX functions take them."""
-        decoded: list[Any] = [
+        return self._tie(
             None if n in self._tied else leaf.decode(arrays[self._slices[n]])
             for n, leaf in enumerate(self.leaves)
-        ]
+        )
+
+    def decode_training(
+        self, arrays: Sequence[Array], key: Array | None
+    ) -> tuple[PyTree, dict[int, Array]]:
+        """Return the user's pytree in a training call, and new values of parts by the index of the variable.
+
+        Args:
+            arrays: The values of the variables.
+            key: The key of the call. None if no leaf draws.
+        """
+        decoded: list[Any] = []
+        updates: dict[int, Array] = {}
+        for place, leaf in enumerate(self.leaves):
+            where = self._slices[place]
+            array, new = (
+                (None, {}) if place in self._tied else leaf.decode_training(arrays[where], key)
+            )
+            decoded.append(array)
+            updates |= {where.start + n: value for n, value in new.items()}
+        return self.structure.unflatten(self._tie(decoded)), updates
+
+    def _tie(self, leaves: Iterable[Any]) -> list[Array]:
+        decoded = list(leaves)
         for place, (form, source) in self._tied.items():
             decoded[place] = form.apply({"source": decoded[source]}, self.leaves[place].shape)
         return decoded
@@ -202,12 +232,16 @@ class Leaves:
 def fill(
     owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] = ()
 ) -> None:
-    """Make the variables of leaves, once it is sure that all of them can be made: see `create_variables`.
+    """Make the variables of leaves: see `create_variables`. The owner knows none of them before all are made.
 
     Raises:
         ValueError: If a leaf cannot be computed from parts as its rule says.
     """
-    initials = [leaf.initials(value) for leaf, value in zip(leaves, values, strict=True)]
-    made = iter(create_variables(owner, [one for part in initials for one in part], outer))
-    for leaf, part in zip(leaves, initials, strict=True):
-        leaf.variables = tuple(itertools.islice(made, len(part)))
+    pairs = list(zip(leaves, values, strict=True))
+    # Leaves of parts one after the other, so that memory never holds the parts of two of them twice.
+    groups = [[pair] for pair in pairs if pair[0].form is not None]
+    for group in (*groups, [pair for pair in pairs if pair[0].form is None]):
+        initials = [leaf.initials(value) for leaf, value in group]
+        made = iter(create_variables(owner, [one for part in initials for one in part], outer))
+        for (leaf, _), part in zip(group, initials, strict=True):
+            leaf.variables = tuple(itertools.islice(made, len(part)))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxwrap._serialization import register_serializable
+from jaxwrap._specs import used_inputs
 from jaxwrap._typing import Array
 
 
@@ -66,6 +67,21 @@ class Reparametrization(abc.ABC):
             parts: The values of the parts.
             shape: The shape of the leaf.
         """
+
+    def apply_training(
+        self, parts: Mapping[str, Array], shape: tuple[int, ...], key: Array
+    ) -> tuple[Array, Mapping[str, Array]]:
+        """Compute the leaf in a training call. By default as `apply` does.
+
+        Args:
+            parts: The values of the parts.
+            shape: The shape of the leaf.
+            key: A JAX key, a new one for each call. A layer has a seed for it if the leaf depends on it.
+
+        Returns:
+            The leaf, and new values of frozen parts by name. They are assigned after the call, as state is.
+        """
+        return self.apply(parts, shape), {}
 
     def assign(self, leaf: Array, parts: Mapping[str, Array], key: Array) -> Mapping[str, Array]:
         """Return the parts for a new value of the leaf. By default those that `init` makes.
@@ -146,6 +162,9 @@ class Layout:
     Attributes:
         names: The names of the parts below the leaf: `base/values`.
         frozen: For each, whether it is never trained.
+        differs: Whether a training call may compute the leaf in another way than `fold`.
+        draws: Whether a training call needs a key.
+        updated: The places of the parts that get new values in a training call.
     """
 
     def __init__(
@@ -161,6 +180,11 @@ class Layout:
             held = name in form.frozen
             self.names += below
             self.frozen += (held,) if inner is None else tuple(held or one for one in inner.frozen)
+        self.differs = type(form).apply_training is not Reparametrization.apply_training or any(
+            inner.differs for inner in self._parts.values() if inner is not None
+        )
+        self.draws = False
+        self.updated: tuple[int, ...] = ()
 
     @classmethod
     def make(cls, form: Reparametrization, leaf: Array, key: Array) -> tuple[Layout, list[Array]]:
@@ -168,7 +192,8 @@ class Layout:
 
         Raises:
             TypeError: If `init` does not return a dict of arrays.
-            ValueError: If `apply` does not give the shape of the leaf back.
+            ValueError: If `apply` does not give the shape of the leaf back, or `apply_training` returns values that
+                are not those of frozen parts.
         """
         return cls._of(form, leaf, form.init(leaf, key), key)
 
@@ -201,11 +226,50 @@ class Layout:
                 raise ValueError(
                     f"{kind}.apply must return the leaf, of shape {tuple(leaf.shape)}; it returned {folded.shape}."
                 )
+        if layout.differs:
+            layout._look_at_training(arrays, key)
         return layout, arrays
+
+    def _look_at_training(self, arrays: list[Array], key: Array) -> None:
+        """Find out what a training call needs and changes, without data."""
+        closed, (folded, new) = jax.make_jaxpr(self.fold_training, return_shape=True)(arrays, key)
+        fits = {
+            place: self.frozen[place]
+            and (value.shape, value.dtype) == (arrays[place].shape, arrays[place].dtype)
+            for place, value in new.items()
+        }
+        if folded.shape != self._shape or not all(fits.values()):
+            raise ValueError(
+                f"{type(self._form).__name__}.apply_training must return the leaf, of shape {self._shape}, and new "
+                f"values of frozen parts with their shapes and dtypes; it returned {folded.shape} and "
+                f"{ ({self.names[place]: f'{value.dtype}{value.shape}' for place, value in new.items()}) }."
+            )
+        self.draws, self.updated = used_inputs(closed)[-1], tuple(sorted(new))
 
     def fold(self, arrays: Any) -> Array:
         """Compute the leaf from its parts in order."""
         return self._form.apply(self._by_name(arrays), self._shape)
+
+    def fold_training(self, arrays: Any, key: Array) -> tuple[Array, dict[int, Array]]:
+        """Compute the leaf in a training call, and new values of parts by their place."""
+        parts, updates, start = {}, {}, 0
+        for place, (name, inner) in enumerate(self._parts.items()):
+            if inner is None:
+                parts[name] = arrays[start]
+                start += 1
+                continue
+            below = arrays[start : start + len(inner.names)]
+            parts[name], new = inner.fold_training(below, jax.random.fold_in(key, place))
+            updates |= {start + n: value for n, value in new.items()}
+            start += len(inner.names)
+        leaf, new = self._form.apply_training(parts, self._shape, key)
+        if unknown := new.keys() - set(self.names):
+            raise ValueError(
+                f"{type(self._form).__name__}.apply_training returned new values of {sorted(unknown)}; the parts are "
+                f"{self.names}."
+            )
+        updates |= {self.names.index(name): value for name, value in new.items()}
+        return leaf, updates
 
     def _by_name(self, arrays: Any) -> dict[str, Array]:
         """Return the parts as the reparametrization takes them: nested ones are computed from theirs."""

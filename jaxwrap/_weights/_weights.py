@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -144,43 +144,52 @@ class Weights:
         """Return the leaves that a pattern matches. ValueError if there are none."""
         return [self.leaves[index] for index in match(pattern, [leaf.path for leaf in self.leaves])]
 
-    def rebuild(self, owner: Any, pairs: Sequence[tuple[str, Rule]]) -> list[keras.Variable]:
+    def rebuild(
+        self, owner: Any, pairs: Sequence[tuple[str, Rule]]
+    ) -> Iterator[tuple[keras.Variable, ...]]:
         """Add rules, and make the variables of the leaves that they match again, with the present values.
+
+        One leaf after the other, so that a base that does not fit twice into memory can be quantized.
 
         Args:
             owner: See `__init__`.
             pairs: Patterns and rules that set `reparametrize`.
 
-        Returns:
-            The variables that are no longer used.
+        Yields:
+            After each leaf, the variables that are no longer used. Let go of them before the next.
 
         Raises:
             ValueError: If a rule matches no leaf, or none that it can apply to. Nothing has changed then.
         """
         check_rules(Rules(pairs), self.leaves)
-        leaves = list(self.params.leaves)
-        changed = set()
+        changed: dict[int, Rule] = {}
         for pattern, rule in pairs:
             for place in match(pattern, [leaf.path for leaf in self.leaves]):
-                if place < len(leaves) and leaves[place].can_train:
-                    changed.add(place)
-                    leaf = leaves[place]
-                    leaves[place] = dataclasses.replace(
-                        leaf, rule=leaf.rule.then(rule), layout=None
-                    )
-        _check_tied([*leaves, *self.state.leaves])
-        order = sorted(changed)
-        again = [leaves[place] for place in order]
-        name, variable = next(iter(self.by_path().items()))
-        *outer, _ = variable.path.removesuffix(f"/{name}").split("/")
-        fill(owner, again, map(self.params.read_leaf, order), outer)
-        removed = [v for place in order for v in self.params.leaves[place].variables]
-        self.params = Leaves(self.params.structure, leaves)
-        self.leaves = [*leaves, *self.state.leaves]
-        for leaf in again:
-            leaf.obey(leaf.rule)
+                if self.leaves[place].can_train:
+                    changed[place] = changed.get(place, self.leaves[place].rule).then(rule)
+
+        def again(place: int) -> Leaf:
+            leaf = self.leaves[place]
+            return dataclasses.replace(
+                leaf, rule=changed.get(place, leaf.rule), layout=None, variables=()
+            )
+
+        _check_tied([again(place) for place in range(len(self.leaves))])
+        for place in changed:
+            # Only to see whether it can be done, before anything is changed.
+            again(place).initials(self.params.read_leaf(place))
+        name, path = next((name, variable.path) for name, variable in self.by_path().items())
+        *outer, _ = path.removesuffix(f"/{name}").split("/")
         self._rules.pairs += pairs
-        return removed
+        for place in sorted(changed):
+            leaf = again(place)
+            fill(owner, [leaf], [self.params.read_leaf(place)], outer)
+            removed = self.leaves[place].variables
+            self.leaves[place] = leaf
+            self.params = Leaves(self.params.structure, self.leaves[: len(self.params.leaves)])
+            leaf.obey(leaf.rule)
+            yield removed
+            del removed
 
     # Training.
 

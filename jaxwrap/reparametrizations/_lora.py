@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jax import nn
+from jax import nn, random
 
 from jaxwrap._serialization import register_serializable
 from jaxwrap._typing import Array
@@ -29,9 +29,13 @@ class LoRA(Reparametrization):
         inputs: How many of the first axes of the leaf are inputs, the rows of `a`. None for all but the last. A
             Flax attention kernel of shape (features, heads, size) has one.
         base: The reparametrization of the base. `Int8()` makes it QLoRA.
+        dropout: The probability that an input feature, a row of `a`, counts for nothing in a training call. The others
+            are scaled up. The leaf is computed once a call, so one draw serves the whole batch, where peft draws for
+            each example.
 
     Raises:
-        ValueError: For a rank below 1; when a layer is built, for a leaf with fewer than two axes, or other inputs.
+        ValueError: For a rank below 1, or a dropout that is not from 0 to below 1; when a layer is built, for a leaf
+            with fewer than two axes, or other inputs.
 
     Example:
         >>> import flax.linen as nn, numpy as np, jaxwrap
@@ -51,6 +55,7 @@ class LoRA(Reparametrization):
     alpha: float | None = None
     inputs: int | None = None
     base: Reparametrization | None = None
+    dropout: float = 0.0
 
     frozen = ("base",)
 
@@ -60,6 +65,11 @@ class LoRA(Reparametrization):
         if not isinstance(self.base, (Reparametrization, type(None))):
             raise ValueError(
                 f"LoRA: `base` must be a Reparametrization or None; received {self.base!r}."
+            )
+
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"LoRA: `dropout` must be a number from 0 to below 1; received {self.dropout!r}."
             )
 
     def init(self, leaf: Array, key: Array) -> Mapping[str, Array]:
@@ -79,3 +89,13 @@ class LoRA(Reparametrization):
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         product = (parts["a"] @ parts["b"]).reshape(shape)
         return parts["base"] + (scale * product).astype(parts["base"].dtype)
+
+    def apply_training(
+        self, parts: Mapping[str, Array], shape: tuple[int, ...], key: Array
+    ) -> tuple[Array, Mapping[str, Array]]:
+        """Leave out rows of `a`, and scale the others up."""
+        if not self.dropout:
+            return self.apply(parts, shape), {}
+        rows = random.bernoulli(key, 1 - self.dropout, (len(parts["a"]), 1))
+        a = jnp.where(rows, parts["a"] / (1 - self.dropout), 0)
+        return self.apply({**parts, "a": a}, shape), {}

@@ -53,11 +53,12 @@ class WeightNorm(Reparametrization):
 class SpectralNorm(Reparametrization):
     """A leaf divided by its largest singular value, as a matrix of all axes but the last, and the last.
 
-    The value is estimated by power iteration from a vector that is kept. Source: Miyato et al., "Spectral
-    Normalization for Generative Adversarial Networks", 2018, arXiv:1802.05957.
+    The value is estimated from two vectors that are kept. Each training call improves them by power iteration, and
+    inference takes them as they are, as `torch.nn.utils.parametrizations.spectral_norm` does. Source: Miyato et al.,
+    "Spectral Normalization for Generative Adversarial Networks", 2018, arXiv:1802.05957.
 
     Attributes:
-        steps: The iterations in each call. The first vector comes from 15 more.
+        steps: The iterations in each training call. The first vectors come from 15.
 
     Raises:
         ValueError: For `steps` below 1; when a layer is built, for a leaf with fewer than two axes.
@@ -72,9 +73,9 @@ class SpectralNorm(Reparametrization):
         True
     """
 
-    steps: int = 5
+    steps: int = 1
 
-    frozen = ("vector",)
+    frozen = ("left", "right")
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
@@ -83,21 +84,28 @@ class SpectralNorm(Reparametrization):
             )
 
     def init(self, leaf: Array, key: Array) -> Mapping[str, Array]:
-        """Keep the leaf, and find the first vector."""
+        """Keep the leaf, and find the first vectors."""
         if leaf.ndim < 2:
             raise ValueError(
                 f"SpectralNorm needs a leaf of two axes or more; received {leaf.ndim}."
             )
-        matrix = leaf.reshape(-1, leaf.shape[-1])
         vector = jax.random.normal(key, (leaf.shape[-1],), leaf.dtype)
-        return {"weight": leaf, "vector": _iterate(matrix, vector, self.steps + 15)[1]}
+        left, right = _iterate(_matrix(leaf), vector, 15)
+        return {"weight": leaf, "left": left, "right": right}
 
     def apply(self, parts: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
-        """Divide by the largest singular value."""
-        matrix = parts["weight"].reshape(-1, shape[-1])
-        left, right = map(jax.lax.stop_gradient, _iterate(matrix, parts["vector"], self.steps))
-        sigma = left @ matrix @ right
+        """Divide by the largest singular value, as the vectors have it."""
+        sigma = parts["left"] @ _matrix(parts["weight"]) @ parts["right"]
         return parts["weight"] / jnp.where(sigma > _EPSILON, sigma, 1)
+
+    def apply_training(
+        self, parts: Mapping[str, Array], shape: tuple[int, ...], key: Array
+    ) -> tuple[Array, Mapping[str, Array]]:
+        """Improve the vectors, then divide. No gradient flows through them."""
+        matrix = jax.lax.stop_gradient(_matrix(parts["weight"]))
+        left, right = _iterate(matrix, parts["right"], self.steps)
+        new = {"left": left, "right": right}
+        return self.apply({**parts, **new}, shape), new
 
 
 def _norm(leaf: Array) -> Array:
@@ -106,12 +114,15 @@ def _norm(leaf: Array) -> Array:
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
+def _matrix(leaf: Array) -> Array:
+    return leaf.reshape(-1, leaf.shape[-1])
+
+
 def _iterate(matrix: Array, right: Array, steps: int) -> tuple[Array, Array]:
     def unit(vector: Array) -> Array:
         return vector / jnp.maximum(jnp.linalg.norm(vector), _EPSILON)
 
     left = unit(matrix @ right)
-    for _ in range(steps):
-        right = unit(matrix.T @ left)
-        left = unit(matrix @ right)
-    return left, right
+    for _ in range(steps - 1):
+        left = unit(matrix @ unit(matrix.T @ left))
+    return left, unit(matrix.T @ left)

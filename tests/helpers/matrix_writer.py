@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import jaxwrap
+from jaxwrap.reparametrizations import Int8, LoRA, SpectralNorm
 
 register = jaxwrap.register_serializable("tests_matrix")
 
@@ -49,10 +50,13 @@ def call(params, state, rng, inputs, training):
 
 def make():
     inputs = keras.Input((4,))
-    hidden = jaxwrap.FlaxLayer(
-        Net(), seed=1, name="net", rules={".*/bias": jaxwrap.Rule(trainable=False)}
-    )(inputs)
-    hidden = jaxwrap.JaxLayer(call, init, seed=2, name="head")(hidden)
+    rules = {
+        ".*/bias": jaxwrap.Rule(trainable=False),
+        ".*/kernel": jaxwrap.Rule(reparametrize=LoRA(2, base=Int8(), dropout=0.3)),
+    }
+    hidden = jaxwrap.FlaxLayer(Net(), seed=1, name="net", rules=rules)(inputs)
+    rules = {"params/w": jaxwrap.Rule(reparametrize=SpectralNorm())}
+    hidden = jaxwrap.JaxLayer(call, init, seed=2, name="head", rules=rules)(hidden)
     return keras.Model(inputs, keras.layers.Dense(2, name="dense")(hidden))
 
 
@@ -110,9 +114,10 @@ def write(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / "model.keras")
     model.save_weights(folder / "model.weights.h5")
-    model.save_weights(folder / "sharded.weights.json", max_shard_size=2e-7)
+    model.save_weights(folder / "sharded.weights.json", max_shard_size=3e-7)
     (folder / "model.json").write_text(model.to_json())
     (folder / "model.pickle").write_bytes(pickle.dumps(model))
+    jaxwrap.checkpoints.save(model, folder / "trained.npz", trainable_only=True)
     values = {f"variable.{index:03d}": plain(v.value) for index, v in enumerate(model.variables)}
     if model.compiled:
         variables = enumerate(model.optimizer.variables)
