@@ -11,7 +11,8 @@ import numpy as np
 Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 # A module of a format has:
-#   write(inference, path, **options)   writes the file, or the folder
+#   write(inference, path, **options)   writes the file, or the folder. Returns None, or the names of weights that the
+#                                       file takes before its inputs
 #   load(path, ports) -> Runner         reads it in the runtime of the format, for the check
 
 

@@ -59,8 +59,9 @@ class Source:
     Attributes:
         raw: Takes a list of arrays for the variables, and a list of the arrays of the inputs. Returns a list of
             outputs, and the new values of variables that it changes, by index.
-        names: The path of each variable.
+        names: The name of each variable, for a weight that in a checkpoint.
         values: The value of each variable.
+        weights: The names that are those of weights.
         inputs: The name, shape and dtype of each input.
         output_names: Returns the names of the outputs once `raw` has been traced.
         arguments: The structure of the positional arguments of the model, a tuple.
@@ -70,6 +71,7 @@ class Source:
     raw: Callable[[list[Array], list[Array]], tuple[list[Array], dict[int, Array]]]
     names: list[str]
     values: list[np.ndarray]
+    weights: set[str]
     inputs: list[tuple[str, Shape, str]]
     output_names: Callable[[], list[str]]
     arguments: Any
@@ -82,7 +84,8 @@ class Inference:
 
     Attributes:
         values: The arrays of the variables that outputs depend on. int8 stays int8.
-        names: The paths of these variables.
+        names: Their names, for weights those in a checkpoint.
+        unused: The shapes and dtypes of all other weights, by name.
         ports: The inputs, in the order of the leaves of `arguments`, and the outputs, in that of `results`.
         updates: The places in `values` of what a call changes. After the outputs, the function returns their new
             values.
@@ -94,6 +97,7 @@ class Inference:
 
     values: list[np.ndarray]
     names: list[str]
+    unused: dict[str, jax.ShapeDtypeStruct]
     ports: Ports
     updates: list[int]
     jaxpr: Any
@@ -166,6 +170,11 @@ def trace(source: Source, keeps_state: bool = False) -> Inference:
     return Inference(
         [source.values[index] for index in kept],
         [source.names[index] for index in kept],
+        {
+            name: struct
+            for index, (name, struct) in enumerate(zip(source.names, value_structs, strict=True))
+            if index not in kept and name in source.weights
+        },
         Ports(inputs, outputs),
         [kept.index(index) for index in changed] if keeps_state else [],
         pruned,
