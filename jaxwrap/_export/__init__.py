@@ -17,7 +17,7 @@ from jaxwrap._export._child import write_in_child
 from jaxwrap._export._formats import FORMATS, Format
 from jaxwrap._export._inference import Inference, Ports, trace
 from jaxwrap._export._signature import Signature, signature_of
-from jaxwrap._export._source import source_of_layer, source_of_model
+from jaxwrap._export._source import in_inference, source_of_layer, source_of_model
 from jaxwrap._export._unsupported import check_supported
 from jaxwrap._pytree import is_array
 from jaxwrap._typing import PyTree
@@ -150,7 +150,7 @@ def _reference(model: Any, signature: Signature, ports: Ports) -> Any:
 
     def call(trainable: list[Any], others: list[Any], inputs: list[Any]) -> list[Any]:
         arguments = signature.arguments.unflatten(inputs)
-        outputs, _ = model.stateless_call(trainable, others, *arguments, training=False)
+        outputs, _ = model.stateless_call(trainable, others, *arguments, **in_inference(model))
         return jax.tree_util.tree_leaves(outputs)
 
     compiled = jax.jit(call) if keras.config.backend() == "jax" else call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import pathlib
@@ -53,8 +54,10 @@ def check_file(
         return
     pairs = list(_pairs(ports, reference))
     try:
-        run = chosen.load_module().load(path, ports)
-        received = [run([*leading, *inputs]) for inputs, _ in pairs]
+        load = functools.partial(chosen.load_module().load, path, ports)
+        # A call may change the state of what was loaded.
+        runs = [load() for _ in pairs] if chosen.keeps_state else [load()] * len(pairs)
+        received = [run([*leading, *inputs]) for run, (inputs, _) in zip(runs, pairs, strict=True)]
     except Exception as error:
         raise ValueError(
             f"{chosen.runtime} cannot run what was written as {name!r}, so it has been deleted. It raised "

@@ -76,6 +76,8 @@ def write_in_child(
             "model": saved,
             "path": str(path),
             "format": format,
+            # Keras does not write their names.
+            "names": [one.name for one in signature.inputs],
             "signature": keras.saving.serialize_keras_object(signature.specs()),
             "modules": [*_needed_modules(saved), *modules],
             "options": options,
@@ -180,7 +182,8 @@ def _export(task: dict[str, Any]) -> dict[str, Any]:
     specs = keras.saving.deserialize_keras_object(task["signature"])
     chosen = FORMATS[task["format"]]
     _tell("tracing")
-    inference = trace(source_of_model(model, signature_of(model, specs, None)), chosen.keeps_state)
+    signature = signature_of(model, specs, None).renamed(task["names"])
+    inference = trace(source_of_model(model, signature), chosen.keeps_state)
     check_supported(inference.jaxpr, task["format"], chosen)
     _tell(f"writing {task['format']}")
     leading = chosen.load_module().write(inference, pathlib.Path(task["path"]), **task["options"])

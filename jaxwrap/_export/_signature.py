@@ -39,8 +39,13 @@ class Signature(NamedTuple):
 
     def specs(self) -> list[Any]:
         """Return what a user may pass as `input_signature`."""
-        leaves = [keras.InputSpec(dtype, shape, name=name) for name, shape, dtype in self.inputs]
+        leaves = [keras.InputSpec(dtype, shape) for _, shape, dtype in self.inputs]
         return list(self.arguments.unflatten(leaves))
+
+    def renamed(self, names: Sequence[str]) -> Signature:
+        """Return it with other names for the inputs."""
+        inputs = [one._replace(name=name) for one, name in zip(self.inputs, names, strict=True)]
+        return self._replace(inputs=inputs)
 
 
 def signature_of(model: Any, chosen: PyTree, batch_size: int | None) -> Signature:

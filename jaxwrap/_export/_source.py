@@ -29,7 +29,7 @@ def source_of_model(model: Any, signature: Signature) -> Source:
         state = values[count:]
         arguments = signature.arguments.unflatten(inputs)
         # Typed with a third result, the losses, which comes only if asked for.
-        result: Any = model.stateless_call(values[:count], state, *arguments, training=False)
+        result: Any = model.stateless_call(values[:count], state, *arguments, **in_inference(model))
         outputs, after = result
         arrays, structure = partition(outputs, is_array)
         results[:] = [structure]
@@ -38,6 +38,11 @@ def source_of_model(model: Any, signature: Signature) -> Source:
         return arrays, {place: new for place, (new, old) in pairs if new is not old}
 
     return _source(model, signature, raw, [*trainable, *others], results)
+
+
+def in_inference(model: Any) -> dict[str, bool]:
+    """Return the train flag as an argument, for a model whose `call` takes one."""
+    return {"training": False} if model._call_has_training_arg else {}
 
 
 def source_of_layer(model: Any, signature: Signature) -> Source | None:

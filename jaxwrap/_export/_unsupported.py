@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -36,33 +37,34 @@ def check_supported(closed: Any, name: str, chosen: Format) -> None:
 
     The error has the name of the operation, and of the user's function that calls it.
     """
-    for equation in _equations(closed.jaxpr):
+    for equation, *around in _equations(closed.jaxpr):
         primitive = equation.primitive.name
+        place = functools.partial(_place, [equation, *around])
         if "callback" in primitive or primitive == "debug_print":
             raise NotImplementedError(
-                f"`{primitive}` in {_place(equation)} calls back into Python, which no file can hold. Take it out: "
+                f"`{primitive}` in {place()} calls back into Python, which no file can hold. Take it out: "
                 "`jax.pure_callback`, `jax.debug.print`, or a check that may raise, such as `eqx.error_if`."
             )
         if primitive in _LAPACK and not chosen.lapack:
             raise NotImplementedError(
-                f"`{primitive}` in {_place(equation)} calls LAPACK, which {name!r} cannot hold. Export to 'stablehlo'."
+                f"`{primitive}` in {place()} calls LAPACK, which {name!r} cannot hold. Export to 'stablehlo'."
             )
         if not chosen.complex and any(map(_is_complex, equation.outvars)):
             raise NotImplementedError(
-                f"`{primitive}` in {_place(equation)} makes complex numbers, which {name!r} cannot hold. Export to "
+                f"`{primitive}` in {place()} makes complex numbers, which {name!r} cannot hold. Export to "
                 "'stablehlo' or 'tf_saved_model'."
             )
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Yield the equations of a jaxpr and of those inside it. The ones inside come first: they are more exact."""
+def _equations(jaxpr: Any) -> Iterator[list[Any]]:
+    """Yield each equation of a jaxpr with those around it. The ones inside others come first: they are more exact."""
     for equation in jaxpr.eqns:
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
-        yield equation
+                    yield from ([*found, equation] for found in _equations(inner))
+        yield [equation]
 
 
 def _is_complex(variable: Any) -> bool:
@@ -81,11 +83,15 @@ def _library_folders() -> tuple[str, ...]:
     )
 
 
-def _place(equation: Any) -> str:
-    """Return the innermost function of the user around an operation, with its file and line."""
-    trace = equation.source_info.traceback
+def _place(equations: list[Any]) -> str:
+    """Return the innermost function of the user around an operation, with its file and line.
+
+    Args:
+        equations: The operation, and those that it is inside of. The trace of an inner one begins at the outer one.
+    """
     folders = _library_folders()
-    for frame in trace.frames if trace else ():
+    traces = [equation.source_info.traceback for equation in equations]
+    for frame in (frame for trace in traces if trace for frame in trace.frames):
         if not frame.file_name.startswith(folders):
             return f"`{frame.function_name}` ({frame.file_name}, line {frame.line_num})"
     return "the model"
