@@ -325,6 +325,26 @@ def test_errors_of_the_other_process(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.quick
+@pytest.mark.only("torch")
+@pytest.mark.parametrize("way", ["model.export", "torch.export", "torch.jit.trace", "function"])
+def test_exports_of_pytorch_name_ours(way, tmp_path):
+    import torch
+
+    model = MODELS["mixed"].make()
+    inputs = torch.ones(2, 4)
+    model(inputs)
+    ways = {
+        "model.export": lambda: model.export(tmp_path / "model.onnx", format="onnx"),
+        "torch.export": lambda: torch.export.export(model, (inputs,)),
+        "torch.jit.trace": lambda: torch.jit.trace(model, (inputs,)),
+        "function": lambda: torch.jit.trace(jaxwrap.wrap_function(jnp.sin), (inputs,)),
+    }
+    with pytest.raises(NotImplementedError, match=r"`jaxwrap\.export\(model, path, format="):
+        ways[way]()
+    model(inputs)
+
+
 # int8, LoRA.
 
 
