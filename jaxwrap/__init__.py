@@ -6,7 +6,7 @@ from importlib.metadata import version as _version
 from jaxwrap import _bridge as _bridge
 from jaxwrap import checkpoints as checkpoints
 from jaxwrap import reparametrizations as reparametrizations
-from jaxwrap._export import export_saved_model
+from jaxwrap._export import export
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import Adapter, CallResult, JaxLayer, follow_torch_mode
 from jaxwrap._serialization import register_serializable
@@ -34,7 +34,7 @@ __all__ = [
     "OptaxOptimizer",
     "Reparametrization",
     "Rule",
-    "export_saved_model",
+    "export",
     "follow_torch_mode",
     "register_adapter",
     "register_serializable",

@@ -17,7 +17,7 @@ _ERRORS = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
-_LIBRARIES = ("jax", "jaxlib", "jaxwrap", "keras", "flax", "haiku", "equinox", "optax", "numpy")
+LIBRARIES = ("jax", "jaxlib", "jaxwrap", "keras", "flax", "haiku", "equinox", "optax", "numpy")
 _REMEDIES = {
     jax.errors.TracerBoolConversionError: (
         "In place of `if`, `while`, `and` or `bool()`, use `jnp.where(condition, a, b)` or `jax.lax.cond`."
@@ -65,7 +65,7 @@ def _place(trace: TracebackType | None) -> str:
     found = "the model"
     while trace is not None:
         frame = trace.tb_frame
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES:
             code = frame.f_code
             line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
             shown = f", `{line}`," if line else ""

@@ -12,7 +12,7 @@ import pytest
 from backends import to_numpy
 from models import x
 
-from jaxwrap import FlaxLayer, JaxLayer, export_saved_model
+from jaxwrap import FlaxLayer, JaxLayer
 
 
 def tokens():
@@ -130,14 +130,13 @@ def assert_served(path, inputs, expected):
     np.testing.assert_allclose(served.serve(inputs[:1]), expected[:1], 1e-5, 1e-5)
 
 
-@pytest.mark.only("jax", "tensorflow")
+@pytest.mark.only("tensorflow")
 @pytest.mark.parametrize("name", EXPORTED)
-def test_export_as_a_saved_model(name, tmp_path, backend):
-    export = {"jax": export_saved_model, "tensorflow": keras_export}[backend.name]
+def test_keras_exports_a_saved_model(name, tmp_path):
     make, inputs = MODELS[name]
     model, inputs = make(), inputs()
     expected = to_numpy(model(inputs))
-    export(model, tmp_path / "exported")
+    keras_export(model, tmp_path / "exported")
     assert_served(tmp_path / "exported", inputs, expected)
 
 
@@ -162,43 +161,6 @@ def test_keras_exports_from_jax_what_it_exports_of_its_own(name, tmp_path):
             assert_served(tmp_path / "exported", inputs, expected)
     else:
         assert_served(tmp_path / "exported", inputs, expected)
-
-
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.layer = JaxLayer(models.norm_call, models.norm_init)
-        self.counter = self.add_weight(shape=(), initializer="zeros", trainable=False)
-
-    def call(self, left, right):
-        self.counter.assign_add(1.0)
-        return {"sum": self.layer(left) + right, "count": self.counter + 0}
-
-
-@pytest.mark.only("jax")
-def test_export_of_a_subclassed_model(tmp_path):
-    import tensorflow as tf
-
-    model = Subclassed()
-    with pytest.raises(ValueError, match="no weights yet"):
-        export_saved_model(model, tmp_path / "exported")
-    expected = model(x(3, 4), x(3, 4))
-    with pytest.raises(ValueError, match="input_signature"):
-        export_saved_model(model, tmp_path / "exported")
-    spec = keras.InputSpec(shape=(None, 4))
-    export_saved_model(model, tmp_path / "exported", [spec, spec])
-    served = tf.saved_model.load(str(tmp_path / "exported"))
-    for count in (2, 3):  # what a call changes stays changed, as in the model
-        outputs = served.serve(x(3, 4), x(3, 4))
-        np.testing.assert_allclose(outputs["sum"], expected["sum"], 1e-5, 1e-5)
-        assert outputs["count"].numpy() == count
-    assert float(model.counter.value) == 1
-
-
-@pytest.mark.only("tensorflow", "torch", "numpy")
-def test_export_saved_model_is_for_jax(tmp_path):
-    with pytest.raises(RuntimeError, match="for the JAX backend"):
-        export_saved_model(MODELS["mlp"][0](), tmp_path / "exported")
 
 
 @pytest.mark.only("tensorflow")

@@ -23,6 +23,13 @@ from jaxwrap._bridge._torch_tensors import Reader, as_tensor, check_devices, to_
 from jaxwrap._bridge._vjp import own_outputs, vjp, vjp_roles
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
+_NO_EXPORT = (
+    "PyTorch cannot trace or export what JAX computes. Write it by `jaxwrap.export(model, path, format=...)`, as "
+    "StableHLO, a SavedModel, LiteRT or ONNX."
+)
+_is_tracing = torch._C._is_tracing
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
+
 
 class Function:
     """A flat function on torch tensors, with its derivatives, each made when first needed."""
@@ -42,6 +49,9 @@ class Function:
         self._derived: dict[tuple[Any, ...], Function] = {}
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
+        # PyTorch cannot see into JAX, and its tracer would keep the results of this call as constants.
+        if _is_tracing() or _is_exporting():
+            raise NotImplementedError(_NO_EXPORT)
         for index in self._inputs:
             if not isinstance(tensors[index], torch.Tensor):
                 tensors = (*tensors[:index], as_tensor(tensors[index]), *tensors[index + 1 :])

@@ -111,14 +111,14 @@ class _Order:
 
     def __init__(self, weights: Weights, generators: Sequence[Generator]):
         self._params = list(weights.params.variables)
-        self._held: list[keras.Variable] = [
+        self.held: list[keras.Variable] = [
             *weights.variables,
             *(generator.state for generator in generators),
         ]
         paths = [name for leaf in weights.leaves for name in leaf.names]
         self._names = [*paths, *("rng" for _ in generators)]
-        seeds = len(self._held) - len(generators)
-        self._ends = (len(self._params), seeds, len(self._held))
+        seeds = len(self.held) - len(generators)
+        self._ends = (len(self._params), seeds, len(self.held))
 
     def trained(self) -> tuple[bool, ...]:
         """Which parameters are trained now."""
@@ -127,7 +127,7 @@ class _Order:
 
     def values(self) -> list[Tensor]:
         """The values of all variables now."""
-        return current_values(self._held)
+        return current_values(self.held)
 
     def roles(
         self, trained: Sequence[bool], updated: Collection[int], inputs: int
@@ -239,6 +239,11 @@ class Program:
         outputs, loss = outcome.flowing.unflatten(flowing)
         state, metrics = outcome.kept.unflatten(kept)
         return Result(outputs, loss, state, metrics, outcome.draws)
+
+    def pure(self, arguments: Structure) -> tuple[FlatFunction, list[keras.Variable]]:
+        """Return a call in inference as a flat JAX function, and the variables whose values it takes first."""
+        order = self._orders[True]
+        return self._flat_function(arguments, False, order, None), order.held
 
     def _bridge(self, arguments: Structure, training: bool, trained: tuple[bool, ...]) -> _Function:
         draws = None

@@ -29,6 +29,11 @@ def registered(name: str) -> Any:
     return _OBJECTS.get(name)
 
 
+def registered_objects() -> dict[str, Any]:
+    """Return all that is registered, by name, in Keras's registry too."""
+    return {**keras.saving.get_custom_objects(), **_OBJECTS}
+
+
 def name_of(obj: Any) -> str | None:
     """Return the name by which a file may refer to an object, or None."""
     for name, known in (*_OBJECTS.items(), *keras.saving.get_custom_objects().items()):

@@ -77,10 +77,10 @@ def owner_of(layer: Any, trainable_only: bool = False) -> Owner:
         ValueError: If a layer has not been built, or two weights of a model have one path.
     """
     if isinstance(layer, JaxLayer):
-        return _trained(layer, [(layer, "")]) if trainable_only else _of_layer(layer)
+        return _trained(layer) if trainable_only else _of_layer(layer)
     if isinstance(layer, keras.Layer):
         if trainable_only:
-            return _trained(layer, [(own, f"{own.name}/") for own in _own(layer)])
+            return _trained(layer)
         return _of_model(layer)
     raise TypeError(f"expected a layer of jaxwrap or a Keras model; received {layer!r}.")
 
@@ -141,19 +141,26 @@ def _short(model: keras.Layer, variable: keras.Variable) -> str:
     return variable.path.removeprefix(f"{model.name}/")
 
 
-def _trained(owner: keras.Layer, layers: list[tuple[JaxLayer, str]]) -> Owner:
-    trained = set(map(id, owner.trainable_variables))
+def variables_by_path(owner: keras.Layer) -> dict[str, keras.Variable]:
+    """Return the weights of a layer of jaxwrap or of a model by their names in files, and the parts of leaves."""
+    layers = (
+        [(owner, "")] if isinstance(owner, JaxLayer) else [(o, f"{o.name}/") for o in _own(owner)]
+    )
     paths: dict[str, keras.Variable] = {}
     for layer, prefix in layers:
         with naming(describe(layer)):
             for path, variable in layer._engine.built_weights().by_path().items():
                 paths[prefix + path] = variable
     known = set(map(id, paths.values()))
-    others = [v for v in owner.trainable_variables if id(v) not in known]
-    paths |= {_short(owner, variable): variable for variable in others}
+    others = [variable for variable in owner.weights if id(variable) not in known]
+    return paths | {_short(owner, variable): variable for variable in others}
+
+
+def _trained(owner: keras.Layer) -> Owner:
+    trained = set(map(id, owner.trainable_variables))
     targets = {
         TRAINABLE + path: _of_variable(variable)
-        for path, variable in paths.items()
+        for path, variable in variables_by_path(owner).items()
         if id(variable) in trained
     }
     return Owner(targets, {}, {path: LeafPath(path) for path in targets})
