@@ -29,6 +29,7 @@ from jaxwrap.adapters._methods import (
     method_parameters,
 )
 from jaxwrap.adapters._nnx_factories import abstract_module, check_factory, make_module, typed
+from jaxwrap.adapters._nnx_variables import as_params_and_state, collection_name, pop_collections
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -81,7 +82,7 @@ class NNX(Adapter):
 
     @functools.cached_property
     def _roles(self) -> Collections:
-        named = {_collection_name(name): role for name, role in (self.collections or {}).items()}
+        named = {collection_name(name): role for name, role in (self.collections or {}).items()}
         return Collections(named, _DEFAULT_ROLES)
 
     @functools.cached_property
@@ -123,7 +124,7 @@ class NNX(Adapter):
 
         # Of a clone, since `pop` takes variables out, and the module of the user must not change.
         copy = nnx.clone(module)
-        self._pop_sown(copy)
+        pop_collections(copy, self._sown)
         return nnx.split(copy, self._filter, ...)
 
     def _values(self, module: Any) -> tuple[PyTree, PyTree]:
@@ -170,7 +171,7 @@ class NNX(Adapter):
         outputs = self._arguments.call(bind_method(module, self.method), inputs, training, **own)
         outputs = select_output(outputs, self.output)
         captured = self._capture.take(module) if self._capture else None
-        sown = self._pop_sown(module)
+        sown = pop_collections(module, self._sown)
         _, _, new_state = nnx.split(module, self._filter, ...)
         result = self._roles.result(outputs, nnx.to_pure_dict(new_state), sown)
         return result if captured is None else self._capture.add(result, captured)
@@ -181,17 +182,14 @@ class NNX(Adapter):
 
         return nnx.merge(self._graphdef, params, state)
 
-    def _pop_sown(self, module: Any) -> dict[str, PyTree]:
-        """Take variables out of a module that are neither parameters nor state. Return them by type."""
-        from flax import nnx
-        from flax.traverse_util import unflatten_dict
+    @property
+    def _sown(self) -> list[str]:
+        return self._roles.named(LOSS, METRIC, OUTPUT, DROP)
 
-        names = self._roles.named(LOSS, METRIC, OUTPUT, DROP)
-        popped = nnx.pop(module, lambda _, variable: _collection_name(type(variable)) in names)
-        flat: dict[str, dict[tuple[Any, ...], Any]] = {}
-        for path, variable in nnx.to_flat_state(popped):
-            flat.setdefault(_collection_name(type(variable)), {})[path] = variable.get_value()
-        return {name: unflatten_dict(values) for name, values in flat.items()}
+    def split(self, variables: Any) -> tuple[PyTree, PyTree]:
+        """Split what `join` returns, or an `nnx.State` of the whole module."""
+        _, params, _ = self._parts(self.example)
+        return super().split(as_params_and_state(variables, params, self._sown))
 
     def get_config(self) -> dict[str, Any]:
         """Return the fields as JSON. Nothing says how an instance was made, so a factory must."""
@@ -332,10 +330,3 @@ class NNXLayer(JaxLayer):
         """
         values = jax.tree_util.tree_map(jnp.asarray, self.get_variables())
         return self.adapter.merge(values["params"], values["state"])
-
-
-def _collection_name(name: Any) -> str:
-    """Return the name of a collection, from the type of its variables or from itself."""
-    from flax import nnx
-
-    return name if isinstance(name, str) else nnx.variable_name_from_type(name, allow_register=True)
