@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxwrap._errors import door
 from jaxwrap._layer import _rebuild
+from jaxwrap._layer._summary import Modules
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Reparametrization
 from jaxwrap._weights._table import ModuleTable, WeightTable
@@ -16,6 +17,7 @@ class Weighted:
 
     # The layer defines it.
     _engine: Any
+    layers = Modules()
 
     @door
     def freeze(self, pattern: str) -> None:
