@@ -17,6 +17,7 @@ from jaxwrap.adapters import (
     FlaxLayer,
     HaikuLayer,
     NNXLayer,
+    from_transformers,
     register_adapter,
     wrap,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Rule",
     "export",
     "follow_torch_mode",
+    "from_transformers",
     "register_adapter",
     "register_serializable",
     "wrap",

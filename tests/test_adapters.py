@@ -126,6 +126,75 @@ def test_nnx_sowing():
     assert layer(x(4, 3))[0].shape == (4, 2)
 
 
+def as_arrays(tree):
+    return jax.tree.map(
+        lambda leaf: np.asarray(
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        ),
+        tree,
+    )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("form", ["state", "split", "arrays"])
+def test_nnx_states_are_variables(form):
+    other = NnxCnn(nnx.Rngs(7))
+    other(x(3, 6, 6, 2))
+    layer = NNXLayer(NnxCnn(nnx.Rngs(0)), name="cnn")
+    if form == "split":
+        _, params, rest = nnx.split(other, nnx.Param, ...)
+        layer.set_variables({"params": params, "state": rest})
+    else:
+        state = nnx.state(other)
+        if form == "arrays":  # as `State` holds them after a map over variables
+            flat = [(path, leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]
+            state = nnx.from_flat_state(flat)
+        layer.set_variables(state)
+    expected = as_arrays(nnx.to_pure_dict(nnx.state(other)))
+    again = as_arrays(nnx.to_pure_dict(nnx.state(layer.module_with_weights())))
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+    other.eval()
+    np.testing.assert_allclose(
+        to_numpy(layer(x(3, 6, 6, 2), training=False)), other(x(3, 6, 6, 2)), 1e-4, 1e-5
+    )
+
+
+@pytest.mark.quick
+def test_nnx_states_that_do_not_fit():
+    layer = NNXLayer(NnxCnn(nnx.Rngs(0)), name="cnn")
+    before = as_arrays(layer.get_variables())
+    params = nnx.state(NnxCnn(nnx.Rngs(7)), nnx.Param)
+    with pytest.raises(ValueError, match=r"NNXLayer 'cnn': .*[\s\S]*missing: norm/mean"):
+        layer.set_variables(params)
+    state = nnx.state(NnxCnn(nnx.Rngs(7)))
+    state["conv"]["bias"] = nnx.Param(jnp.zeros(5))
+    with pytest.raises(ValueError, match=r"shape: params/conv/bias"):
+        layer.set_variables(state)
+    state = nnx.state(NnxCnn(nnx.Rngs(7)))
+    state["head"] = nnx.State({"kernel": nnx.Param(jnp.zeros(5))})
+    with pytest.raises(ValueError, match=r"unexpected: head/kernel"):
+        layer.set_variables(state)
+    jax.tree.map(np.testing.assert_array_equal, as_arrays(layer.get_variables()), before)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_nnx_states_with_sown_variables():
+    class Sowing(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 2, rngs=rngs)
+
+        def __call__(self, x):
+            hidden = self.linear(x)
+            self.sow(nnx.Intermediate, "hidden", hidden)
+            return hidden
+
+    module = Sowing(nnx.Rngs(3))
+    outputs = module(x(4, 3))
+    layer = NNXLayer(Sowing(nnx.Rngs(0)))
+    layer.set_variables(nnx.state(module))
+    np.testing.assert_allclose(to_numpy(layer(x(4, 3))), outputs, 1e-5, 1e-6)
+
+
 def test_nnx_decode_cache():
     module = nnx.MultiHeadAttention(2, 4, decode=True, rngs=nnx.Rngs(0))
     module.init_cache((2, 5, 4))

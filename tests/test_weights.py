@@ -11,6 +11,7 @@ from backends import to_numpy
 from models import x
 
 from jaxwrap import FlaxLayer, JaxLayer, Rule
+from jaxwrap.reparametrizations import LoRA
 
 pytestmark = pytest.mark.quick
 
@@ -76,6 +77,38 @@ def test_weight_table():
     assert str(sum(row.size for row in table)) in str(table).splitlines()[-1]
     with pytest.raises(ValueError, match="has no weights yet"):
         FlaxLayer(models.Cnn()).weight_table()
+
+
+def test_weight_table_sums_by_module():
+    rules = {".*/bias": Rule(trainable=False), "params/Conv_0/kernel": Rule(dtype="bfloat16")}
+    layer = cnn(rules=rules)
+    table = layer.weight_table(depth=2)
+    rows = {row.path: row for row in table}
+    assert rows["cnn/params/Conv_0"][1:] == (2, 72 + 4, 72 * 2 + 4 * 4, 72)
+    assert rows["cnn/batch_stats/BatchNorm_0"][1:] == (2, 8, 32, 0)
+    single = layer.weight_table()
+    assert sum(row.size for row in table) == sum(row.size for row in single)
+    assert sum(row.trained for row in table) == sum(row.size for row in single if row.trainable)
+    assert [row.path for row in layer.weight_table(1)] == ["cnn/params", "cnn/batch_stats"]
+    # The rows of a depth that no path has are the leaves.
+    assert [row.path for row in layer.weight_table(9)] == [row.path for row in single]
+    lines = [line.split() for line in str(table).splitlines()]
+    assert lines[0] == ["path", "weights", "size", "bytes", "trained"]
+    assert ["cnn/params/Conv_0", "2", "76", "160", "72"] in lines
+    assert len({len(line) for line in str(table).splitlines()}) == 1
+    with pytest.raises(ValueError, match=r"`depth` must be a positive number .* received 0"):
+        layer.weight_table(depth=0)
+
+
+def test_sums_count_below_the_layer_and_each_part_of_a_leaf():
+    inner = FlaxLayer(nn.Dense(3), name="inner")
+    model = keras.Sequential([keras.Input((2,)), inner], name="outer")
+    inner.reparametrize(".*/kernel", LoRA(rank=1))
+    assert {row[:3] for row in inner.weight_table(depth=2)} == {
+        ("outer/inner/params/bias", 1, 3),
+        ("outer/inner/params/kernel", 3, 6 + 2 + 3),
+    }
+    assert model.count_params() == sum(row.size for row in inner.weight_table(depth=1))
 
 
 # Rules.

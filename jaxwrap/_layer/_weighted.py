@@ -6,9 +6,10 @@ from typing import Any
 
 from jaxwrap._errors import door
 from jaxwrap._layer import _rebuild
+from jaxwrap._layer._summary import Modules
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Reparametrization
-from jaxwrap._weights._table import WeightTable
+from jaxwrap._weights._table import ModuleTable, WeightTable
 
 
 class Weighted:
@@ -16,6 +17,7 @@ class Weighted:
 
     # The layer defines it.
     _engine: Any
+    layers = Modules()
 
     @door
     def freeze(self, pattern: str) -> None:
@@ -84,9 +86,31 @@ class Weighted:
         _rebuild.quantize(self._engine, mode)
 
     @door
-    def weight_table(self) -> WeightTable:
-        """Return path, shape, dtype, `trainable` and size of each weight, as a tuple that prints as a table."""
-        return self._engine.built_weights().table(self.trainable_variables)  # type: ignore[attr-defined]
+    def weight_table(self, depth: int | None = None) -> WeightTable | ModuleTable:
+        """Return path, shape, dtype, `trainable` and size of each weight, as a tuple that prints as a table.
+
+        Args:
+            depth: Sums up the weights of each module instead: those whose paths below the layer begin with the same
+                `depth` names. With 2, `params/Dense_0` is a row of `path`, `weights`, `size`, `bytes` and `trained`.
+
+        Example:
+            >>> import flax.linen as nn, numpy as np, jaxwrap
+            >>> layer = jaxwrap.FlaxLayer(nn.Sequential([nn.Dense(4), nn.Dense(2)]), name="mlp")
+            >>> _ = layer(np.ones((1, 3), "float32"))
+            >>> print(layer.weight_table(depth=2))
+            path                 weights  size  bytes  trained
+            mlp/params/layers_0        2    16     64       16
+            mlp/params/layers_1        2    10     40       10
+            total                      4    26    104       26
+        """
+        weights, trained = self._engine.built_weights(), self.trainable_variables  # type: ignore[attr-defined]
+        if depth is None:
+            return weights.table(trained)
+        if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+            raise ValueError(
+                f"`depth` must be a positive number of names in a path, or None; received {depth!r}."
+            )
+        return weights.sums(trained, depth)
 
     @door
     def get_variables(self, merged: bool = True) -> PyTree:

@@ -89,6 +89,46 @@ _FACTORIES_BY_MODULE = {
         "cosine_decay_schedule"
     ),
 }
+# The Flax models of Hugging Face, by what they are for. Nothing but `from_transformers` makes them, of data.
+_TRANSFORMERS = {
+    "EncoderModel": ("MT5 T5"),
+    "ForAudioClassification": ("Whisper"),
+    "ForCTC": ("Wav2Vec2"),
+    "ForCausalLM": (
+        "Bart Bert BigBird Bloom Electra GPTJ GPTNeo Gemma Llama Mistral OPT Roberta RobertaPreLayerNorm XGLM "
+        "XLMRoberta"
+    ),
+    "ForConditionalGeneration": (
+        "Bart Blenderbot BlenderbotSmall LongT5 MBart MT5 Pegasus T5 Whisper"
+    ),
+    "ForImageClassification": ("Beit Dinov2 RegNet ResNet ViT"),
+    "ForMaskedImageModeling": ("Beit"),
+    "ForMaskedLM": (
+        "Albert Bert BigBird DistilBert Electra RoFormer Roberta RobertaPreLayerNorm XLMRoberta"
+    ),
+    "ForMultipleChoice": (
+        "Albert Bert BigBird DistilBert Electra RoFormer Roberta RobertaPreLayerNorm XLMRoberta"
+    ),
+    "ForNextSentencePrediction": ("Bert"),
+    "ForPreTraining": ("Albert Bert BigBird Electra Wav2Vec2"),
+    "ForQuestionAnswering": (
+        "Albert Bart Bert BigBird DistilBert Electra MBart RoFormer Roberta RobertaPreLayerNorm XLMRoberta"
+    ),
+    "ForSequenceClassification": (
+        "Albert Bart Bert BigBird DistilBert Electra MBart RoFormer Roberta RobertaPreLayerNorm XLMRoberta"
+    ),
+    "ForTokenClassification": (
+        "Albert Bert BigBird DistilBert Electra RoFormer Roberta RobertaPreLayerNorm XLMRoberta"
+    ),
+    "LMHeadModel": ("GPT2"),
+    "MTModel": ("Marian"),
+    "Model": (
+        "Albert Bart Beit Bert BigBird Blenderbot BlenderbotSmall Bloom CLIP CLIPText CLIPVision Dinov2 "
+        "DistilBert Electra GPT2 GPTJ GPTNeo Gemma Llama LongT5 MBart MT5 Marian Mistral OPT Pegasus RegNet "
+        "ResNet RoFormer Roberta RobertaPreLayerNorm T5 ViT Wav2Vec2 Whisper XGLM XLMRoberta"
+    ),
+    "ModelWithProjection": ("CLIPText"),
+}
 
 
 def _by_full_name(names: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -100,4 +140,7 @@ def _by_full_name(names: dict[str, str]) -> dict[str, tuple[str, str]]:
 
 
 NAMES = _by_full_name(NAMES_BY_MODULE)
+TRANSFORMERS = frozenset(
+    f"Flax{family}{purpose}" for purpose, all_ in _TRANSFORMERS.items() for family in all_.split()
+)
 FACTORIES = _by_full_name(_FACTORIES_BY_MODULE)

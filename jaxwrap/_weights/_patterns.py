@@ -47,8 +47,13 @@ def compile_pattern(pattern: str, what: str = "the pattern") -> Any:
         ) from error
 
 
-def match(pattern: str, paths: Sequence[str]) -> list[int]:
+def match(pattern: str, paths: Sequence[str], example: str = ".*/kernel") -> list[int]:
     """Find the paths that a pattern matches as a whole.
+
+    Args:
+        pattern: The expression.
+        paths: The paths.
+        example: A pattern for such paths, for the error.
 
     Returns:
         Their indices.
@@ -71,7 +76,7 @@ def match(pattern: str, paths: Sequence[str]) -> list[int]:
     if not found:
         raise ValueError(
             f"the pattern {pattern!r} does not match any of the {len(paths)} paths below the layer. A pattern is a "
-            "regular expression for the whole path, such as '.*/kernel'. "
+            f"regular expression for the whole path, such as {example!r}. "
             f"Near it: {', '.join(_near(pattern, paths)) or 'nothing'}."
         )
     return found

@@ -1,9 +1,11 @@
-"""Tables to print: rows of strings, and the weights of a layer."""
+"""Tables to print: rows of strings, the weights of a layer, and their sums by module."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import jax.numpy as jnp
 
 
 class WeightRow(NamedTuple):
@@ -35,17 +37,63 @@ class WeightTable(tuple[WeightRow, ...]):
             for row in self
         ]
         total = ("total", "", "", "", f"{sum(row.size for row in self):,}")
-        return format_table([WeightRow._fields, *rows, total], numbers=True)
+        return format_table([WeightRow._fields, *rows, total], numbers=1)
 
 
-def format_table(rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
-    """Line up the columns of rows, the last one at its right side if it holds numbers."""
+class ModuleRow(NamedTuple):
+    """The weights below one path.
+
+    Attributes:
+        path: The path, with the name of the layer.
+        weights: The number of variables.
+        size: The number of their elements.
+        bytes: The memory that they take.
+        trained: The number of elements that are trained.
+    """
+
+    path: str
+    weights: int
+    size: int
+    bytes: int
+    trained: int
+
+
+class ModuleTable(tuple[ModuleRow, ...]):
+    """Sums by module, a tuple of `ModuleRow` that prints as a table."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, groups: Iterable[tuple[str, WeightRow]]) -> ModuleTable:
+        """Sum up weights, each of which comes with the path of its group."""
+        sums: dict[str, ModuleRow] = {}
+        for path, row in groups:
+            numbers = (
+                1,
+                row.size,
+                row.size * jnp.dtype(row.dtype).itemsize,
+                row.size * row.trainable,
+            )
+            _, *before = sums.get(path, (path, 0, 0, 0, 0))
+            sums[path] = ModuleRow(path, *map(sum, zip(before, numbers, strict=True)))
+        return cls(sums.values())
+
+    def __str__(self) -> str:
+        total = ("total", *(sum(row[column] for row in self) for column in range(1, 5)))
+        rows = [(path, *(f"{number:,}" for number in numbers)) for path, *numbers in [*self, total]]
+        return format_table([ModuleRow._fields, *rows], numbers=4)
+
+
+def format_table(rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
+    """Line up the columns of rows, the last `numbers` of them at their right sides."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    words = len(widths) - numbers
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        if numbers:
-            cells[-1] = row[-1].rjust(widths[-1])
+        cells = [
+            cell.ljust(width) if place < words else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

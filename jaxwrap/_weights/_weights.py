@@ -21,7 +21,7 @@ from jaxwrap._weights._names import unique_names
 from jaxwrap._weights._patterns import match
 from jaxwrap._weights._reparametrization import Tied
 from jaxwrap._weights._rules import Rule, Rules
-from jaxwrap._weights._table import WeightRow, WeightTable
+from jaxwrap._weights._table import ModuleTable, WeightRow, WeightTable
 from jaxwrap._weights._variables import assign
 
 Join = Callable[[PyTree, PyTree], PyTree]
@@ -214,6 +214,14 @@ class Weights:
             WeightRow(v.path, tuple(v.shape), v.dtype, id(v) in ids, math.prod(v.shape))
             for v in self.variables
         )
+
+    def sums(self, trained: Iterable[keras.Variable], depth: int) -> ModuleTable:
+        """Return a row for all variables whose paths below the owner begin with the same `depth` names."""
+        groups = []
+        for name, row in zip(self.by_path(), self.table(trained), strict=True):
+            outer = row.path.removesuffix(name)
+            groups.append((outer + "/".join(name.split("/")[:depth]), row))
+        return ModuleTable.of(groups)
 
     # Values.
 

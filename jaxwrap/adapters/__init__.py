@@ -5,6 +5,7 @@ from jaxwrap.adapters._haiku import Haiku, HaikuLayer
 from jaxwrap.adapters._linen import FlaxLayer, Linen
 from jaxwrap.adapters._nnx import NNX, NNXLayer
 from jaxwrap.adapters._registry import register_adapter, wrap
+from jaxwrap.adapters._transformers import Transformers, from_transformers
 
 __all__ = [
     "NNX",
@@ -15,6 +16,8 @@ __all__ = [
     "HaikuLayer",
     "Linen",
     "NNXLayer",
+    "Transformers",
+    "from_transformers",
     "register_adapter",
     "wrap",
 ]

@@ -17,6 +17,7 @@ from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
+from jaxwrap.adapters._capture import Capture, LinenCapture
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, STATE, TRAINABLE, Collections
 from jaxwrap.adapters._libraries import require
 from jaxwrap.adapters._methods import (
@@ -44,6 +45,7 @@ class Linen(Adapter):
     rngs: Mapping[str, int | None] | Sequence[str] | None = None
     training_argument: str | None = AUTO
     output: str | int | None = None
+    capture: Sequence[str] = ()
 
     passes_all_keys: ClassVar[bool] = False
 
@@ -54,11 +56,15 @@ class Linen(Adapter):
         if not isinstance(self.module, linen.Module):
             raise TypeError(f"expected a `flax.linen.Module`; received {self.module!r}.")
         check_types(rngs=(self.rngs, "names, with integers or None for seeds, or None"))
-        _ = self._roles, self._arguments  # raise early
+        _ = self._roles, self._arguments, self._capture  # raise early
 
     @functools.cached_property
     def _roles(self) -> Collections:
         return Collections(self.collections, _DEFAULT_ROLES)
+
+    @functools.cached_property
+    def _capture(self) -> Capture:
+        return Capture(self.capture)
 
     @functools.cached_property
     def _arguments(self) -> ModuleArguments:
@@ -96,6 +102,7 @@ class Linen(Adapter):
         from flax.errors import InvalidRngError
 
         fixed = self._roles.named(TRAINABLE, DROP)
+        captured = LinenCapture(self._capture) if self._capture else None
 
         def apply(rngs: PyTree) -> tuple[PyTree, PyTree]:
             return self.module.apply(
@@ -106,6 +113,7 @@ class Linen(Adapter):
                 method=self._run,
                 # Linen's `init` leaves out `intermediates`, but `apply` returns them if they are mutable.
                 mutable=DenyList(fixed),
+                capture_intermediates=captured.filter if captured else False,
             )
 
         if self.rngs is not None or self.passes_all_keys:
@@ -118,9 +126,13 @@ class Linen(Adapter):
             # Keys only if it fails without: most modules draw nothing in inference, and seeds must not move.
             except InvalidRngError:
                 outputs, changed = apply(_with_default_stream(keys))
+        values = None
+        if captured:
+            changed, values = captured.take(changed)
         # Only what `init` makes is state. Other collections appear in `apply` alone.
         new_state = {name: changed.get(name, old) for name, old in (state or {}).items()}
-        return self._roles.result(outputs, new_state, changed)
+        result = self._roles.result(outputs, new_state, changed)
+        return result if values is None else self._capture.add(result, values)
 
     def _run(self, module: Any, inputs: Mapping[str, PyTree], training: bool) -> Any:
         outputs = self._arguments.call(bind_method(module, self.method), inputs, training)
@@ -151,6 +163,7 @@ class Linen(Adapter):
             "rngs": serialize(None if self.rngs is None else dict(self.streams()), "rngs"),
             "training_argument": self.training_argument,
             "output": self.output,
+            "capture": list(self.capture),
         }
 
     @classmethod
@@ -198,6 +211,9 @@ class FlaxLayer(JaxLayer):
             `deterministic`, `inference`, `use_running_average`. "train" names it, "!frozen" names an opposite one. With
             None the module's own default holds.
         output: The attribute, key or index of the one output to return. By default the layer returns all.
+        capture: Regular expressions for whole paths of submodules, `("Dense_0", "encoder/.*")`. The layer then returns
+            `(outputs, captured)`, where `captured` has the output of each of them by its path: a tuple for a module
+            that runs more than once.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
@@ -230,12 +246,13 @@ class FlaxLayer(JaxLayer):
         rngs: Mapping[str, int | None] | Sequence[str] | None = None,
         training_argument: str | None = AUTO,
         output: str | int | None = None,
+        capture: Sequence[str] = (),
         **kwargs: Any,
     ):
         overrides = type(self)._get_call_rng is not JaxLayer._get_call_rng
         with naming(describe(self, kwargs.get("name"))):
             adapter = (LinenWithAllKeys if overrides else Linen)(
-                module, method, collections, rngs, training_argument, output
+                module, method, collections, rngs, training_argument, output, capture
             )
             if variables is not None:
                 if not isinstance(variables, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +18,7 @@ from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import serialize, serialize_by_name, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
+from jaxwrap.adapters._capture import NnxCapture
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, OUTPUT, Collections
 from jaxwrap.adapters._libraries import require
 from jaxwrap.adapters._methods import (
@@ -28,6 +29,7 @@ from jaxwrap.adapters._methods import (
     method_parameters,
 )
 from jaxwrap.adapters._nnx_factories import abstract_module, check_factory, make_module, typed
+from jaxwrap.adapters._nnx_variables import as_params_and_state, collection_name, pop_collections
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -51,6 +53,7 @@ class NNX(Adapter):
     training_argument: str | None = AUTO
     output: str | int | None = None
     factory: Callable[..., nnx.Module] | None = None
+    capture: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         require("flax", "0.12")
@@ -64,6 +67,8 @@ class NNX(Adapter):
         _ = self._roles, self._arguments  # raise early
         if self.module is not None and self.factory is not None:
             check_factory(self._values(self.module), self._values(abstract_module(self.factory)))
+        if self._capture:
+            self._capture.check_module(self.example)
 
     def __str__(self) -> str:
         return type(self.example).__qualname__
@@ -77,8 +82,12 @@ class NNX(Adapter):
 
     @functools.cached_property
     def _roles(self) -> Collections:
-        named = {_collection_name(name): role for name, role in (self.collections or {}).items()}
+        named = {collection_name(name): role for name, role in (self.collections or {}).items()}
         return Collections(named, _DEFAULT_ROLES)
+
+    @functools.cached_property
+    def _capture(self) -> NnxCapture:
+        return NnxCapture(self.capture)
 
     @functools.cached_property
     def _arguments(self) -> ModuleArguments:
@@ -115,7 +124,7 @@ class NNX(Adapter):
 
         # Of a clone, since `pop` takes variables out, and the module of the user must not change.
         copy = nnx.clone(module)
-        self._pop_sown(copy)
+        pop_collections(copy, self._sown)
         return nnx.split(copy, self._filter, ...)
 
     def _values(self, module: Any) -> tuple[PyTree, PyTree]:
@@ -154,14 +163,18 @@ class NNX(Adapter):
         module = self.merge(params, state)
         if self.training_argument is not None:
             module.train() if training else module.eval()
+        if self._capture:
+            self._capture.record(module)
         own = {}
         if self._takes_rngs:
             own["rngs"] = None if keys is None else nnx.Rngs(typed(keys))
         outputs = self._arguments.call(bind_method(module, self.method), inputs, training, **own)
         outputs = select_output(outputs, self.output)
-        sown = self._pop_sown(module)
+        captured = self._capture.take(module) if self._capture else None
+        sown = pop_collections(module, self._sown)
         _, _, new_state = nnx.split(module, self._filter, ...)
-        return self._roles.result(outputs, nnx.to_pure_dict(new_state), sown)
+        result = self._roles.result(outputs, nnx.to_pure_dict(new_state), sown)
+        return result if captured is None else self._capture.add(result, captured)
 
     def merge(self, params: PyTree, state: PyTree) -> Any:
         """Make a new module of these values."""
@@ -169,17 +182,14 @@ class NNX(Adapter):
 
         return nnx.merge(self._graphdef, params, state)
 
-    def _pop_sown(self, module: Any) -> dict[str, PyTree]:
-        """Take variables out of a module that are neither parameters nor state. Return them by type."""
-        from flax import nnx
-        from flax.traverse_util import unflatten_dict
+    @property
+    def _sown(self) -> list[str]:
+        return self._roles.named(LOSS, METRIC, OUTPUT, DROP)
 
-        names = self._roles.named(LOSS, METRIC, OUTPUT, DROP)
-        popped = nnx.pop(module, lambda _, variable: _collection_name(type(variable)) in names)
-        flat: dict[str, dict[tuple[Any, ...], Any]] = {}
-        for path, variable in nnx.to_flat_state(popped):
-            flat.setdefault(_collection_name(type(variable)), {})[path] = variable.get_value()
-        return {name: unflatten_dict(values) for name, values in flat.items()}
+    def split(self, variables: Any) -> tuple[PyTree, PyTree]:
+        """Split what `join` returns, or an `nnx.State` of the whole module."""
+        _, params, _ = self._parts(self.example)
+        return super().split(as_params_and_state(variables, params, self._sown))
 
     def get_config(self) -> dict[str, Any]:
         """Return the fields as JSON. Nothing says how an instance was made, so a factory must."""
@@ -194,6 +204,7 @@ class NNX(Adapter):
             "training_argument": self.training_argument,
             "output": self.output,
             "factory": serialize(self.factory, "factory"),
+            "capture": list(self.capture),
         }
 
     def _module_config(self) -> Any:
@@ -240,6 +251,7 @@ class NNXLayer(JaxLayer):
         output: See `FlaxLayer`.
         factory: A function that makes such a module: see `from_factory`. Files name it, and `module` gives the values.
             With None for `module` it gives the values too.
+        capture: Submodules whose outputs the layer returns too, by their paths: see `FlaxLayer`.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
@@ -269,6 +281,7 @@ class NNXLayer(JaxLayer):
         training_argument: str | None = AUTO,
         output: str | int | None = None,
         factory: Callable[..., nnx.Module] | None = None,
+        capture: Sequence[str] = (),
         **kwargs: Any,
     ):
         # `trained` comes from a config, where `trainable` is the bool of every layer.
@@ -276,7 +289,9 @@ class NNXLayer(JaxLayer):
         if isinstance(trainable, bool):
             kwargs["trainable"] = trainable
         with naming(describe(self, kwargs.get("name"))):
-            adapter = NNX(module, method, trained, collections, training_argument, output, factory)
+            adapter = NNX(
+                module, method, trained, collections, training_argument, output, factory, capture
+            )
         super().__init__(adapter, **kwargs)
 
     @property
@@ -315,10 +330,3 @@ class NNXLayer(JaxLayer):
         """
         values = jax.tree_util.tree_map(jnp.asarray, self.get_variables())
         return self.adapter.merge(values["params"], values["state"])
-
-
-def _collection_name(name: Any) -> str:
-    """Return the name of a collection, from the type of its variables or from itself."""
-    from flax import nnx
-
-    return name if isinstance(name, str) else nnx.variable_name_from_type(name, allow_register=True)

@@ -16,6 +16,7 @@ from jaxwrap.adapters._equinox import EquinoxLayer
 from jaxwrap.adapters._haiku import HaikuLayer
 from jaxwrap.adapters._linen import FlaxLayer
 from jaxwrap.adapters._nnx import NNXLayer
+from jaxwrap.adapters._transformers import from_transformers, is_flax_model
 
 Match = Callable[[Any], bool]
 
@@ -100,6 +101,7 @@ _ADAPTERS: list[tuple[str, Match, Callable[..., Any]]] = [
         ),
         HaikuLayer,
     ),
+    ("a Flax model of transformers: from_transformers", is_flax_model, from_transformers),
     ("a Flax NNX module: NNXLayer", _is_a("flax.nnx", "Module"), NNXLayer),
     ("a Flax Linen module: FlaxLayer", _is_a("flax.linen", "Module"), FlaxLayer),
 ]
