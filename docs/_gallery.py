@@ -4,7 +4,10 @@ import joblib
 from joblib.parallel import MultiprocessingBackend
 
 # By what a reader starts from. `tests/test_docs.py` checks that no tutorial is missing.
-ORDER = ("flax_cnn",)
+ORDER = (
+    "flax_cnn",
+    "torch_loop",
+)
 
 
 def order(folder):
