@@ -7,6 +7,7 @@ from joblib.parallel import MultiprocessingBackend
 ORDER = (
     "flax_cnn",
     "torch_loop",
+    "tensorflow_pipeline",
 )
 
 
