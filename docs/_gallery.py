@@ -9,6 +9,7 @@ ORDER = (
     "torch_loop",
     "tensorflow_pipeline",
     "oscillator",
+    "pinn",
 )
 
 
