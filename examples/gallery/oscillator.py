@@ -97,12 +97,9 @@ print(f"friction  {friction:.3f}  (truth 0.250)")
 # seen.
 
 predicted = model.predict(starts, verbose=0)
-print(
-    f"error of the data:  {np.sqrt(np.mean((seen - clean) ** 2)):.3f}"
-)
-print(
-    f"error of the model: {np.sqrt(np.mean((predicted - clean) ** 2)):.3f}"
-)
+for name, values in (("data", seen), ("model", predicted)):
+    error = np.sqrt(np.mean((values - clean) ** 2))
+    print(f"error of the {name:<6} {error:.3f}")
 
 # %%
 
