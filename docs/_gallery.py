@@ -10,6 +10,7 @@ ORDER = (
     "tensorflow_pipeline",
     "oscillator",
     "pinn",
+    "muon",
 )
 
 
