@@ -11,6 +11,7 @@ ORDER = (
     "oscillator",
     "pinn",
     "muon",
+    "quantiles",
 )
 
 
