@@ -200,7 +200,7 @@ class Leaves:
 
 
 def fill(
-    owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] = ()
+    owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] | None = None
 ) -> None:
     """Make the variables of leaves, once it is sure that all of them can be made: see `create_variables`.
 
