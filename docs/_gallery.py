@@ -12,6 +12,7 @@ ORDER = (
     "pinn",
     "muon",
     "quantiles",
+    "adapter",
 )
 
 
