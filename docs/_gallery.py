@@ -13,6 +13,7 @@ ORDER = (
     "muon",
     "quantiles",
     "adapter",
+    "lora",
 )
 
 
