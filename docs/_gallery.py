@@ -14,6 +14,7 @@ ORDER = (
     "quantiles",
     "adapter",
     "lora",
+    "karate_graph",
 )
 
 
