@@ -15,6 +15,7 @@ ORDER = (
     "adapter",
     "lora",
     "karate_graph",
+    "checkpoints",
 )
 
 
