@@ -16,6 +16,7 @@ ORDER = (
     "lora",
     "karate_graph",
     "checkpoints",
+    "vae",
 )
 
 
