@@ -247,10 +247,10 @@ figure, all_axes = plt.subplots(
 for axes, (file, layer) in zip(all_axes, layers.items()):
     answer = keras.ops.convert_to_numpy(layer(grid))
     answer = 1 / (1 + np.exp(-answer)).reshape(100, 120)
-    axes.contourf(xs, ys, answer, 20, cmap="RdBu", vmin=0, vmax=1)
+    axes.contourf(xs, ys, answer, 12, cmap="RdBu", vmin=-0.6, vmax=1.6)
     logits = np.asarray(native[file](grid)).reshape(100, 120)
-    axes.contour(xs, ys, logits, [-3, 0, 3], colors="black")
-    axes.scatter(*x.T, c=y, cmap="RdBu", s=3, edgecolors="none")
+    axes.contour(xs, ys, logits, [-4, 0, 4], colors="k", linewidths=1)
+    axes.scatter(*x.T, c=y, cmap="RdBu", s=4)
     axes.set_title(file)
     axes.set_axis_off()
 plt.show()

@@ -183,7 +183,7 @@ for name in cases:
     )
 axes.set(title="The digits 5 to 9, by what was trained")
 axes.set(xlabel="trained numbers", ylabel="held-out accuracy")
-axes.set(xscale="log", xlim=(250, 150_000))
+axes.set(xscale="log", xlim=(250, 150_000), ylim=(0.77, 1))
 axes.grid(alpha=0.3)
 axes.spines[["top", "right"]].set_visible(False)
 plt.show()
