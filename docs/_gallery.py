@@ -8,15 +8,17 @@ ORDER = (
     "flax_cnn",
     "torch_loop",
     "tensorflow_pipeline",
+    "checkpoints",
+    "lora",
+    "haiku_gpt",
+    "vae",
+    "karate_graph",
     "oscillator",
     "pinn",
-    "muon",
     "quantiles",
+    "muon",
     "adapter",
-    "lora",
-    "karate_graph",
-    "checkpoints",
-    "vae",
+    "tracing",
 )
 
 
