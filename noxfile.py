@@ -17,6 +17,7 @@ nox.options.error_on_missing_interpreters = bool(os.environ.get("CI"))
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 BACKENDS = ("jax", "tensorflow", "torch", "numpy")
+GALLERY = pathlib.Path("examples", "gallery")
 # What a backend needs besides JAX.
 FRAMEWORKS = {"tensorflow": ("tensorflow==2.21.*",), "torch": ("torch==2.13.0",)}
 # GPUs round differently: on them, backends agree to 1e-5 only with settings of their own.
@@ -53,17 +54,23 @@ def install(session, python, backends):
     session.install("--quiet", "--editable", ".", *libraries)
 
 
-def run_pytest(session, folder, backend, backends, *arguments):
+def compiled_once(session):
+    """What makes JAX keep what it compiles, which takes longest and is much the same on every backend."""
     # Absolute, since tests change the working directory.
     cache = str((session.cache_dir / "jax").absolute())
+    return {
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run_pytest(session, folder, backend, backends, *arguments):
     env = {
         **ON_CPU,
+        **compiled_once(session),
         "KERAS_BACKEND": backend,
         # What one backend has written, the others read.
         "JAXWRAP_BACKENDS": ",".join(backends),
-        # To compile takes longest, and much of it is the same on every backend.
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     python = str(pathlib.Path(folder, "python"))
     session.run(python, "-m", "pytest", "-n", "auto", *arguments, env=env, external=True)
@@ -97,15 +104,20 @@ def tests(session):
     """Run the tests on every Python and backend."""
 
 
-def run_quick(session, *changes):
-    """Runs the quick tests in an environment with one backend, on the Python that runs nox."""
-    backend, *arguments = session.posargs or ["jax"]
-    if backend not in BACKENDS:
-        session.error(f"expected one of {', '.join(BACKENDS)} after `--`, not {backend!r}")
+def install_here(session, backends):
+    """Installs what the tests need on the Python that runs nox."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python not in PYTHONS:
         session.error(f"run nox with Python {', '.join(PYTHONS)}, not {python}")
-    install(session, python, [backend])
+    install(session, python, backends)
+
+
+def run_quick(session, *changes):
+    """Runs the quick tests in an environment with one backend."""
+    backend, *arguments = session.posargs or ["jax"]
+    if backend not in BACKENDS:
+        session.error(f"expected one of {', '.join(BACKENDS)} after `--`, not {backend!r}")
+    install_here(session, [backend])
     for command in changes:
         session.run(*command)
     run_pytest(session, session.bin, backend, [backend], "-m", "quick", *arguments)
@@ -142,12 +154,34 @@ def types(session):
     session.run("pyright", *session.posargs)
 
 
+def install_gallery(session):
+    """Installs what the tutorials need. They take what one backend has saved to the others."""
+    install_here(session, BACKENDS)
+    session.install("--quiet", *requirements_of("gallery"))
+
+
 @nox.session
 def docs(session):
-    """Build the documentation; a warning is an error."""
-    session.install("--quiet", "--editable", ".[flax]", *requirements_of("docs"))
-    env = {**ON_CPU, "KERAS_BACKEND": "jax"}
+    """Build the documentation, which runs the gallery; a warning is an error."""
+    install_gallery(session)
+    session.install("--quiet", *requirements_of("docs"))
+    env = {**ON_CPU, **compiled_once(session), "KERAS_BACKEND": "jax"}
     session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build/html", env=env)
+
+
+@nox.session(default=False)
+def gallery(session):
+    """Run the tutorials as scripts; `-- flax_cnn` for one. `KERAS_BACKEND` chooses the backend."""
+    tutorials = sorted(path.stem for path in GALLERY.glob("*.py"))
+    names = session.posargs or tutorials
+    if unknown := set(names).difference(tutorials):
+        session.error(f"there is no tutorial {unknown}; expected some of {', '.join(tutorials)}")
+    install_gallery(session)
+    # Some tutorials choose a backend of their own.
+    backend = os.environ.get("KERAS_BACKEND", "jax")
+    env = {**ON_CPU, **compiled_once(session), "KERAS_BACKEND": backend, "MPLBACKEND": "Agg"}
+    for name in names:
+        session.run("python", str(GALLERY / f"{name}.py"), env=env)
 
 
 @nox.session(python="3.11", default=False)

@@ -2,17 +2,24 @@
 
 import inspect
 import os
+import sys
 from importlib.metadata import version as installed_version
 
 # autodoc imports jaxwrap, and with it Keras and one backend.
 os.environ.setdefault("KERAS_BACKEND", "jax")
+sys.path.insert(0, os.path.dirname(__file__))
 
 project = "jaxwrap"
 author = "The jaxwrap authors"
 copyright = author  # noqa: A001 (the name that Sphinx reads)
 version = release = installed_version("jaxwrap")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
+]
 exclude_patterns = ["_build"]
 # `name` in a docstring is code, as in Markdown.
 default_role = "code"
@@ -42,3 +49,18 @@ def show_init_signature(app, what, name, obj, options, signature, return_annotat
 
 def setup(app):
     app.connect("autodoc-process-signature", show_init_signature)
+
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "_gallery.order",
+    # At most this many at a time, each in a process of its own.
+    "parallel": 2,
+    "image_srcset": ["2x"],
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "doc_module": ("jaxwrap",),
+}

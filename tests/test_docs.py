@@ -1,5 +1,6 @@
 """Every example in the README and the docs runs, and every example in a docstring."""
 
+import ast
 import doctest
 import operator
 import pathlib
@@ -33,6 +34,14 @@ def test_page(page, backend, tmp_path, monkeypatch):
         if block["trains"] and not backend.trains:
             continue
         exec(compile(block["code"], page, "exec"), vars(module))
+
+
+@pytest.mark.once
+def test_the_gallery_has_an_order():
+    """The docs build runs the tutorials, and needs a place for each."""
+    order = re.search(r"ORDER = (\(.*?\))", (ROOT / "docs/_gallery.py").read_text(), re.DOTALL)[1]
+    tutorials = [path.stem for path in (ROOT / "examples/gallery").glob("*.py")]
+    assert sorted(ast.literal_eval(order)) == sorted(tutorials)
 
 
 NAMES = [

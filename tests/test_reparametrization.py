@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from backends import to_numpy
+from flax import nnx
 from zoo import ZOO
 
 import jaxwrap
@@ -352,6 +353,16 @@ def test_unfreezing_everything_thaws_no_frozen_part():
     layer.trainable = False
     layer.trainable = True
     assert {v.name for v in layer.trainable_variables} == {"a", "b", "bias"}
+
+
+def test_parts_keep_the_path_of_a_layer_that_is_older_than_its_model():
+    layer = jaxwrap.wrap(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), name="linear")
+    keras.Sequential([keras.Input((6,)), layer])
+    layer.reparametrize(".*kernel", LoRA(2))
+    paths = {variable.path for variable in layer.weights}
+    assert paths == {
+        f"linear/params/{name}" for name in ("bias", "kernel/base", "kernel/a", "kernel/b")
+    }
 
 
 @pytest.mark.parametrize("form", [LoRA(2), Int8(), Masked(keeps_half)])

@@ -230,7 +230,7 @@ class Leaves:
 
 
 def fill(
-    owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] = ()
+    owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] | None = None
 ) -> None:
     """Make the variables of leaves: see `create_variables`. The owner knows none of them before all are made.
 

@@ -34,22 +34,21 @@ class Initial(NamedTuple):
 
 
 def create_variables(
-    owner: Any, initials: Sequence[Initial], outer: Sequence[str] = ()
+    owner: Any, initials: Sequence[Initial], outer: Sequence[str] | None = None
 ) -> list[keras.Variable]:
     """Create variables that are named by paths below their owner, with copies of values.
 
     Args:
         owner: Its name begins the paths.
         initials: The variables.
-        outer: Names above the owner, which the scopes of its first variables had.
+        outer: The names above the owner in the paths of its first variables. None for the first ones.
     """
     copies = get_bridge().copies([array_of(initial.value) for initial in initials])
     variables = []
     # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
-    with contextlib.ExitStack() as above:
-        for scope in outer:
-            above.enter_context(keras.name_scope(scope))
-        above.enter_context(keras.name_scope(owner.name, caller=owner))
+    # Keras knows the model around the owner by now, which the first variables may have been older than.
+    parent = None if outer is None else "/".join(outer)
+    with keras.name_scope(owner.name, caller=owner, override_parent=parent):
         for scopes, together in itertools.groupby(initials, lambda initial: initial.path[:-1]):
             with contextlib.ExitStack() as stack:
                 for scope in scopes:
