@@ -29,7 +29,7 @@ keras.utils.set_random_seed(0)
 # %%
 # The text
 # --------
-# The documentation of the standard library, with its indentation removed.
+# The documentation of the standard library, without indentation.
 
 library = pathlib.Path(sysconfig.get_path("stdlib"))
 documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
