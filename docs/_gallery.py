@@ -22,9 +22,9 @@ ORDER = (
 )
 
 
-def order(folder):
-    """Return the sort key of the tutorials, by file name."""
-    return lambda name: ORDER.index(name.removesuffix(".py"))
+def order(name):
+    """Return the place of a tutorial, by its file name."""
+    return ORDER.index(name.removesuffix(".py"))
 
 
 class OneProcessEach(MultiprocessingBackend):

@@ -56,6 +56,8 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
     "within_subsection_order": "_gallery.order",
+    # As a script does: what is printed is shown, and no value of a last line.
+    "capture_repr": (),
     # At most this many at a time, each in a process of its own.
     "parallel": 2,
     "image_srcset": ["2x"],

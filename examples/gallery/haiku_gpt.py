@@ -29,7 +29,7 @@ keras.utils.set_random_seed(0)
 # %%
 # The text
 # --------
-# The documentation of the standard library, with its indentation removed.
+# The documentation of the standard library, without indentation.
 
 library = pathlib.Path(sysconfig.get_path("stdlib"))
 documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -133,11 +133,11 @@ for row in plan[-4:]:
 # Train on
 # --------
 # The loss goes on where the old program stopped, now with Muon of Optax
-# for the matrices. Twenty parts of 40 batches, to see it fall.
+# for the matrices. Sixteen parts of 40 batches, to see it fall.
 
 
 def decay(rate):
-    return optax.cosine_decay_schedule(rate, decay_steps=800)
+    return optax.cosine_decay_schedule(rate, decay_steps=640)
 
 
 muon = functools.partial(
@@ -147,7 +147,7 @@ model.compile(
     jaxwrap.OptaxOptimizer(muon, learning_rate=decay(0.02)),
     jaxwrap.JaxLoss(entropy),
 )
-parts = np.resize(train, (20, 40 * 32, LENGTH + 1))
+parts = np.resize(train, (16, 40 * 32, LENGTH + 1))
 new_losses = []
 for part in parts:
     past, future = part[:, :-1], part[:, 1:]
@@ -207,7 +207,7 @@ figure, (left, right) = plt.subplots(
     1, 2, figsize=(10, 4), layout="constrained"
 )
 left.plot(old_losses, color="#9ecae1", label="the old program")
-steps = len(old_losses) + 40 * np.arange(20) + 20
+steps = len(old_losses) + 40 * np.arange(16) + 20
 left.plot(steps, new_losses, ".-", color="#08519c", label="Keras")
 left.axhline(unseen, color="black", ls=":", label="unseen text, end")
 left.set(title="Loss", xlabel="step", ylabel="nats by character")

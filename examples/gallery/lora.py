@@ -100,7 +100,7 @@ def fit(model, classes, epochs, rate=2e-3):
 
 
 base = make_model(Transformer(nnx.Rngs(0)))
-accuracy = fit(base, range(5), epochs=20)
+accuracy = fit(base, range(5), epochs=15)
 print(f"digits 0 to 4: {accuracy:.3f}")
 pretrained = base.get_layer("encoder").module_with_weights()
 
@@ -150,7 +150,7 @@ for name, prepare in cases.items():
     prepare(model.get_layer("encoder"))
     trained = model.trainable_variables
     sizes[name] = sum(np.prod(weight.shape) for weight in trained)
-    accuracies[name] = fit(model, range(5, 10), epochs=20)
+    accuracies[name] = fit(model, range(5, 10), epochs=15)
     print(f"{name:<9}{sizes[name]:>7,} numbers  {accuracies[name]:.3f}")
 
 # %%

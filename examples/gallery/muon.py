@@ -62,7 +62,7 @@ def label(params):
 
 model = make_model()
 for variable in model.trainable_variables:
-    print(f"{variable.path:<35}{tuple(variable.shape)}")
+    print(f"{variable.path:<40}{tuple(variable.shape)}")
 
 # %%
 # The optimizer
@@ -151,8 +151,10 @@ for name, optimizer in optimizers.items():
 # It is Optax's own, in Keras variables. A ``.keras`` file holds it, and
 # training goes on from there on any backend.
 
-for variable in optimizers["Muon and Adam"].variables[:6]:
-    print(variable.path)
+for variable in optimizers["Muon and Adam"].variables:
+    place = variable.path.partition("/opt_state/")[2]
+    if "Dense_0" in place or "head" in place:
+        print(place)
 
 # %%
 # Rates and losses

@@ -129,9 +129,9 @@ for name, model in (("JAX in PyTorch", net), ("PyTorch", own)):
 
 x = test_x[:1]
 net.eval()
-print("eval: ", net(x).item(), net(x).item())
+print(f"eval:  {net(x).item():.4f} {net(x).item():.4f}")
 net.train()
-print("train:", net(x).item(), net(x).item())
+print(f"train: {net(x).item():.4f} {net(x).item():.4f}")
 
 # %%
 # Save and load
