@@ -1,6 +1,6 @@
-"""Training on several devices by `tf.distribute`.
+"""Training on several devices by `tf.distribute`, and in several processes by PyTorch's DDP.
 
-Devices are set up before anything else, so scripts in processes of their own make all the checks.
+Devices and processes are set up before anything else, so scripts in processes of their own make all the checks.
 """
 
 import json
@@ -59,10 +59,26 @@ def mirrored(tmp_path_factory):
     return json.loads(file.read_text())
 
 
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replicated")
+    files = [folder / f"{rank}.json" for rank in range(2)]
+    meeting = folder / "meeting"
+    finish(*(start("ddp_script.py", rank, meeting, file) for rank, file in enumerate(files)))
+    return [json.loads(file.read_text()) for file in files]
+
+
 @pytest.mark.only("tensorflow")
 @pytest.mark.parametrize("check", names("mirrored_script.py"))
 def test_mirrored_strategy(mirrored, check):
     assert not mirrored[check], mirrored[check]
+
+
+@pytest.mark.only("torch")
+@pytest.mark.parametrize("check", names("ddp_script.py"))
+def test_distributed_data_parallel(replicated, check):
+    for results in replicated:
+        assert not results[check], results[check]
 
 
 @pytest.mark.only("tensorflow")

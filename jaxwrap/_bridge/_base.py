@@ -138,6 +138,9 @@ class Bridge(abc.ABC):
         """
         return None
 
+    def check_whole(self, layer: Any, variables: Sequence[Any]) -> None:  # noqa: B027 (nothing to refuse)
+        """Raise RuntimeError if the backend has put other parameters around a layer than its variables."""
+
     @abc.abstractmethod
     def wrap(
         self,
