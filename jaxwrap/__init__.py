@@ -10,7 +10,7 @@ from jaxwrap._export import export
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import Adapter, CallResult, JaxLayer, follow_torch_mode
 from jaxwrap._serialization import register_serializable
-from jaxwrap._training import JaxLoss, JaxMetric, OptaxOptimizer
+from jaxwrap._training import JaxLoss, JaxMetric, OptaxOptimizer, SyncState
 from jaxwrap._weights import Reparametrization, Rule
 from jaxwrap.adapters import (
     EquinoxLayer,
@@ -35,6 +35,7 @@ __all__ = [
     "OptaxOptimizer",
     "Reparametrization",
     "Rule",
+    "SyncState",
     "export",
     "follow_torch_mode",
     "from_transformers",

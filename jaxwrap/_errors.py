@@ -19,6 +19,7 @@ _NAMED = "_jaxwrap_named"
 # The checks of arguments, by the words for them in errors.
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "a bool": lambda value: isinstance(value, bool),
+    "a bool or None": lambda value: isinstance(value, (bool, type(None))),
     "an integer or None": lambda value: value is None or isinstance(value, int),
     "a name or None": lambda value: value is None or isinstance(value, str),
     "names, with integers or None for seeds, or None": lambda value: (

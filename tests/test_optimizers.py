@@ -15,7 +15,6 @@ from backends import to_numpy
 from sklearn.datasets import load_digits
 
 import jaxwrap
-from jaxwrap._bridge import get_bridge
 
 pytestmark = pytest.mark.trains
 register = jaxwrap.register_serializable("tests_optimizers")
@@ -681,14 +680,6 @@ def test_what_has_no_line_search_is_supported():
     optimizer = jaxwrap.OptaxOptimizer(optax.lbfgs(1e-2, memory_size=2, linesearch=None))
     optimizer.build(make().trainable_variables)
     assert optimizer.built
-
-
-def test_replicas_are_not_supported(monkeypatch):
-    monkeypatch.setattr(type(get_bridge()), "replicas", lambda self: 2)
-    optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=1e-2)
-    with pytest.raises(ValueError, match=r"strategy with 2 replicas is not supported.*one device"):
-        optimizer.build(make().trainable_variables)
-    assert not optimizer.built
 
 
 @pytest.mark.parametrize("source", ["loss", "argument"])

@@ -103,9 +103,43 @@ class Bridge(abc.ABC):
         """Turn a gradient into a tensor, where the backend has other kinds of gradients too."""
         return gradient
 
-    def replicas(self) -> int:
-        """Return the number of devices on which the backend itself runs the same training step."""
-        return 1
+    def is_replica(self) -> bool:
+        """Whether what is called now is the step of one of several replicas of the backend."""
+        return False
+
+    def for_replica(self, seeds: Sequence[Tensor], distinct: bool | None) -> Sequence[Tensor]:
+        """Return the seeds of this replica, among several that draw numbers of their own.
+
+        Args:
+            seeds: Integer tensors of shape (2,).
+            distinct: Whether replicas draw different numbers. None for what the backend does by default.
+
+        Returns:
+            The seeds, or tensors of shape (3,) with the number of the replica at the end.
+        """
+        return seeds
+
+    def summed(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Return the sums over all replicas that run the present training step."""
+        return gradients
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Return the batches of all replicas that run the present step, one after the other."""
+        return tensor
+
+    def agreed(self, tensors: Sequence[Tensor], mean: bool) -> Sequence[Tensor] | None:
+        """Return one value for the copies that replicas have of each tensor, their mean or that of the first replica.
+
+        Returns:
+            The values. None if there is only one copy.
+
+        Raises:
+            RuntimeError: If there are several copies, and this process cannot know the others.
+        """
+        return None
+
+    def check_whole(self, layer: Any, variables: Sequence[Any]) -> None:  # noqa: B027 (nothing to refuse)
+        """Raise RuntimeError if the backend has put other parameters around a layer than its variables."""
 
     @abc.abstractmethod
     def wrap(

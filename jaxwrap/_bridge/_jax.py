@@ -40,6 +40,15 @@ class JaxBridge(Bridge):
         for array, is_anywhere in zip(arrays, anywhere, strict=True):
             yield next(copied) if is_anywhere else next(host_copies([array]))
 
+    def agreed(self, tensors: Sequence[Tensor], mean: bool) -> Sequence[Tensor] | None:
+        # Arrays of a distribution span all processes, and have one value.
+        if jax.process_count() > 1 and any(tensor.is_fully_addressable for tensor in tensors):
+            raise RuntimeError(
+                f"each of the {jax.process_count()} processes of JAX has this state for itself. Set a distribution "
+                "before the model is made (`keras.distribution.set_distribution`): then all of them share one state."
+            )
+        return None
+
     def wrap(
         self,
         fn: FlatFunction,

@@ -14,6 +14,7 @@ from tensorflow.python.eager import context, execute, record
 from tensorflow.python.framework.ops import EagerTensor
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
+from jaxwrap._bridge import _tf_replicas
 from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import host_copies
 from jaxwrap._bridge._stablehlo import Artifact, Shape, export
@@ -66,8 +67,21 @@ class TensorFlowBridge(Bridge):
     def dense(self, gradient: Any) -> Tensor:
         return tf.convert_to_tensor(gradient)  # the gradient of an embedding comes in slices
 
-    def replicas(self) -> int:
-        return tf.distribute.get_strategy().num_replicas_in_sync
+    def is_replica(self) -> bool:
+        return _tf_replicas.context() is not None
+
+    def for_replica(self, seeds: Sequence[Tensor], distinct: bool | None) -> Sequence[Tensor]:
+        # The batches of replicas are parts of one batch, in which each example has a mask of its own.
+        return seeds if distinct is False else _tf_replicas.numbered(seeds)
+
+    def summed(self, gradients: list[Tensor]) -> list[Tensor]:
+        return _tf_replicas.summed(gradients)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        return _tf_replicas.gathered(tensor)
+
+    def agreed(self, tensors: Sequence[Tensor], mean: bool) -> Sequence[Tensor] | None:
+        return _tf_replicas.agreed(tensors, mean)
 
     def wrap(
         self,

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+import torch.distributed as dist
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch.utils import _pytree
 
 from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import host_copies
 from jaxwrap._bridge._torch_autograd import Function
+from jaxwrap._bridge._torch_distributed import agreed, check_whole, world_size
 from jaxwrap._bridge._torch_func import check_randomness, check_unmapped
 from jaxwrap._bridge._torch_modules import misses_optimizer, register
 from jaxwrap._bridge._torch_tensors import NUMPY_DTYPES
@@ -72,6 +74,18 @@ class TorchBridge(Bridge):
 
     def misses_optimizer(self, layer: Any) -> bool:
         return misses_optimizer(layer)
+
+    def for_replica(self, seeds: Sequence[Tensor], distinct: bool | None) -> Sequence[Tensor]:
+        # Processes may share the work of one model in any way. So draw other numbers only for who asks for it.
+        if not distinct or world_size() == 1:
+            return seeds
+        return [torch.cat([seed, seed.new_tensor([dist.get_rank()])]) for seed in seeds]
+
+    def agreed(self, tensors: Sequence[Tensor], mean: bool) -> Sequence[Tensor] | None:
+        return agreed(tensors, mean)
+
+    def check_whole(self, layer: Any, variables: Sequence[Any]) -> None:
+        check_whole(layer, variables)
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
         check_unmapped(values)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from jaxwrap._bridge._memory import ALIGNMENT, held_runs
+from jaxwrap._bridge._torch_distributed import check_plain
 from jaxwrap._dtypes import warn_if_narrowed
 from jaxwrap._typing import Array, Role, Tensor
 
@@ -107,6 +108,7 @@ _pointer = torch.Tensor.data_ptr
 
 def _alias(tensor: Tensor) -> Array | None:
     """Return the memory of a tensor as a JAX array, or None if JAX would copy it."""
+    check_plain(tensor)
     # After `module.double()`, for example.
     warn_if_narrowed([str(tensor.dtype).removeprefix("torch.")])
     pointer = tensor.data_ptr()
@@ -125,6 +127,7 @@ def as_tensor(value: Any) -> Tensor:
 
 def to_jax(tensor: Tensor) -> Array:
     """Convert a tensor to a NumPy view where JAX can read that, since it takes less time than dlpack."""
+    check_plain(tensor)
     if tensor.is_cpu and tensor.dtype in NUMPY_DTYPES and _jax_is_on_cpu():
         # A tensor may be the conjugate or the negative of its memory: a bit says so, which JAX does not see.
         return tensor.detach().resolve_conj().resolve_neg().numpy()

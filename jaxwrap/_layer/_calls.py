@@ -48,6 +48,7 @@ class Calls:
         # By thread: `compute_mask` comes right after a call, and two threads may call one layer.
         self._last = threading.local()
         self.followed: Any = None
+        self._check_whole = get_bridge().check_whole
         self.signed: Callable[..., Any] | None = None
         if self._is_direct:
             call = functools.partial(base.call, layer)
@@ -163,6 +164,7 @@ class Calls:
         engine = self._engine
         # Not `with naming(...)`: at each call, a context manager would cost more than `try`.
         try:
+            self._check_whole(self._layer, engine.weights.params.variables)  # type: ignore[union-attr]
             result = engine.built_program().run(plan, leaves, training)
             if result.metrics:
                 engine.reports.check(result.metrics)

@@ -156,6 +156,7 @@ class Engine:
             draws,
             structure,
             self.options.platforms,
+            self.options.distinct_masks,
         )
 
     def renew_program(self) -> None:

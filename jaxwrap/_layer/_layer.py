@@ -59,6 +59,8 @@ class JaxLayer(Weighted, keras.layers.Layer, HasParts):
         key_impl: The implementation of typed keys, such as "threefry2x32" or "rbg". With None keys are raw keys.
         keep_dtypes: Whether float leaves that are not float32 keep their dtype; if not, they take the layer's variable
             dtype. By default they keep it unless `dtype` is passed. State is never cast for mixed precision.
+        distinct_masks: Whether replicas that train on parts of one batch draw random numbers of their own. By default
+            those of a `tf.distribute` strategy do, and the processes of `torch.distributed` do not.
         **kwargs: What every `keras.layers.Layer` takes: `name`, `dtype`, `trainable`, ...
 
     Attributes:
@@ -99,12 +101,13 @@ class JaxLayer(Weighted, keras.layers.Layer, HasParts):
         supports_masking: bool = False,
         key_impl: str | None = None,
         keep_dtypes: bool | None = None,
+        distinct_masks: bool | None = None,
         **kwargs: Any,
     ):
         with naming(describe(self, kwargs.get("name"))):
             check_flags(update_state_in_inference, supports_masking)
             options = Options.checked(
-                seed, native_serialization_platforms, key_impl, keep_dtypes, kwargs
+                seed, native_serialization_platforms, key_impl, keep_dtypes, distinct_masks, kwargs
             )
             options_of_call = (call_arguments, training_argument, rng_in_inference)
             adapter = as_adapter(call_fn, init_fn, *options_of_call, params, state)

@@ -17,12 +17,14 @@ class Options(NamedTuple):
         platforms: The platforms to compile for, or None for the present one.
         key_impl: The implementation of keys, or None for raw keys.
         keep_dtypes: Whether float leaves that are not float32 keep their dtype.
+        distinct_masks: Whether replicas draw numbers of their own, or None for what the backend does.
     """
 
     seed: int | None
     platforms: tuple[str, ...] | None
     key_impl: str | None
     keep_dtypes: bool
+    distinct_masks: bool | None
 
     @classmethod
     def checked(
@@ -31,6 +33,7 @@ class Options(NamedTuple):
         platforms: Any,
         key_impl: Any,
         keep_dtypes: bool | None,
+        distinct_masks: Any,
         keras_arguments: Mapping[str, Any],
     ) -> Options:
         """Check the arguments of a constructor.
@@ -46,10 +49,11 @@ class Options(NamedTuple):
             native_serialization_platforms=(platforms, "a tuple of names or None"),
             key_impl=(key_impl, "a name or None"),
             keep_dtypes=(keep_dtypes, "a bool"),
+            distinct_masks=(distinct_masks, "a bool or None"),
             trainable=(keras_arguments.get("trainable", True), "a bool"),
         )
         check_impl(key_impl)
-        return cls(seed, tuple(platforms or ()) or None, key_impl, keep_dtypes)
+        return cls(seed, tuple(platforms or ()) or None, key_impl, keep_dtypes, distinct_masks)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments of the constructor."""

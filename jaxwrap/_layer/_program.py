@@ -179,6 +179,7 @@ class Program:
         draws: Draws,
         built_for: Structure,
         platforms: tuple[str, ...] | None,
+        distinct: bool | None,
     ):
         """Take what the flat functions are made of.
 
@@ -191,6 +192,7 @@ class Program:
             draws: Whether calls draw.
             built_for: The structure of the arguments that `draws` is about.
             platforms: See `Bridge.wrap`.
+            distinct: See `Bridge.for_replica`.
         """
         self.plans: dict[Any, Plan] = {}
         self._adapter = adapter
@@ -202,6 +204,7 @@ class Program:
         self._draws = draws
         self._built_for = built_for
         self._platforms = platforms
+        self._distinct = distinct
         self._orders = {True: _Order(weights, generators), False: _Order(weights, ())}
 
     def copied(self, weights: Weights, generators: Sequence[Generator]) -> Program:
@@ -234,6 +237,8 @@ class Program:
         if function is None:
             function = plan.functions[key] = self._bridge(plan.structure, *key)
         values = self._orders[function.has_seeds].values()
+        if function.has_seeds and (count := len(self._generators)):
+            values[-count:] = get_bridge().for_replica(values[-count:], self._distinct)
         flowing, kept, static = function.bridged(*values, *fed)
         outcome: Outcome = static.value
         outputs, loss = outcome.flowing.unflatten(flowing)

@@ -34,7 +34,15 @@ class RunningMean:
         ):
             self.variables = tuple(
                 # Under mixed precision a cast total would stop growing.
-                keras.Variable("zeros", (), "float32", trainable=False, autocast=False, name=part)
+                keras.Variable(
+                    "zeros",
+                    (),
+                    "float32",
+                    trainable=False,
+                    autocast=False,
+                    aggregation="mean",  # of the replicas of a `tf.distribute` strategy
+                    name=part,
+                )
                 for part in ("total", "count")
             )
         self.metric = _Reader(f"{layer.name}/{name}", self.variables)

@@ -44,6 +44,13 @@ def to_key(seed: Tensor, impl: str | None = None) -> Array:
     return data if impl is None else jax.random.wrap_key_data(data, impl=impl)
 
 
+def _fold(seed: Array, replica: Array) -> Array:
+    """Return the seed of one replica: other words, of which `to_key` makes an independent key."""
+    # Of this implementation whatever the layer's is, since the words of a seed are the data of such a key.
+    key = jax.random.fold_in(to_key(seed, "threefry2x32"), replica)
+    return jax.random.key_data(key)
+
+
 def check_impl(impl: str | None) -> None:
     """Raise ValueError for the name of a key implementation that JAX does not have."""
     try:
@@ -182,6 +189,18 @@ class Generator(keras.random.SeedGenerator):
 
     def __init__(self, seed: int, name: str):
         super().__init__(seed, name=name)
+        # In the place of Keras's. The replicas of a `tf.distribute` strategy count alike, and the first one's is saved.
+        # Written by each for itself, since TensorFlow cannot aggregate inside a loop.
+        with keras.name_scope(name, caller=self):
+            self.state = keras.Variable(
+                lambda shape, dtype: keras.ops.convert_to_tensor([seed, 0], dtype),
+                shape=(2,),
+                dtype=self.state.dtype,
+                trainable=False,
+                aggregation="only_first_replica",
+                synchronization="on_read",
+                name="seed_generator_state",
+            )
         self._steps: dict[int, Tensor] = {}
 
     def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Generator:
@@ -199,7 +218,11 @@ class Generator(keras.random.SeedGenerator):
             return super().next(ordered)
         state, count = draws[self]
         draws[self] = state, count + 1
-        return state + jnp.array([0, count], state.dtype)
+        step = jnp.array([0, count], state.dtype)
+        if state.shape == (2,):
+            return state + step
+        # A third number says which of several replicas draws: see `Bridge.for_replica`.
+        return _fold(state[:2] + step, state[2])
 
     def after(self, count: int) -> Tensor:
         """Return the state after that many draws."""

@@ -7,6 +7,7 @@ from typing import Any
 from jaxwrap._errors import door
 from jaxwrap._layer import _rebuild
 from jaxwrap._layer._summary import Modules
+from jaxwrap._layer._sync import sync
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Reparametrization
 from jaxwrap._weights._table import ModuleTable, WeightTable
@@ -111,6 +112,29 @@ class Weighted:
                 f"`depth` must be a positive number of names in a path, or None; received {depth!r}."
             )
         return weights.sums(trained, depth)
+
+    @door
+    def sync_state(self, how: str = "mean") -> None:
+        """Give all replicas the same state: processes of `torch.distributed`, or copies of a `tf.distribute` strategy.
+
+        All processes have to call it. On JAX and NumPy there is one state, and nothing to do. In `fit`, the callback
+        `jaxwrap.SyncState` does the same.
+
+        Args:
+            how: "mean" for the mean of float state, and the first replica's state of other dtypes. "first" for all of
+                the first replica's state.
+
+        Raises:
+            ValueError: If the layer is not built, or for another word.
+            RuntimeError: If there are several processes that do not know each other.
+
+        Example:
+            >>> import flax.linen as nn, numpy as np, jaxwrap
+            >>> layer = jaxwrap.FlaxLayer(nn.BatchNorm(use_running_average=False), name="norm")
+            >>> _ = layer(np.ones((2, 3), "float32"))
+            >>> layer.sync_state("mean")
+        """
+        sync(self._engine.built_weights().state.variables, how)
 
     @door
     def get_variables(self, merged: bool = True) -> PyTree:

@@ -1,7 +1,8 @@
 """Optimizers, losses and metrics of JAX functions, for `compile`."""
 
+from jaxwrap._training._callbacks import SyncState
 from jaxwrap._training._losses import JaxLoss
 from jaxwrap._training._metrics import JaxMetric
 from jaxwrap._training._optimizer import OptaxOptimizer
 
-__all__ = ["JaxLoss", "JaxMetric", "OptaxOptimizer"]
+__all__ = ["JaxLoss", "JaxMetric", "OptaxOptimizer", "SyncState"]

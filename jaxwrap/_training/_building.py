@@ -12,20 +12,20 @@ import numpy as np
 from jaxwrap._bridge import get_bridge
 from jaxwrap._training._rate import value_of
 from jaxwrap._training._update import Step
-from jaxwrap._weights._variables import assign, to_host
+from jaxwrap._weights._variables import assign, read, to_host
 
 
 def make_step(optimizer: Any, variables: Sequence[keras.Variable]) -> Step:
     """Make the update of some variables, with its state.
 
     Raises:
-        ValueError: If the transformation needs what a Keras optimizer cannot pass, inside a JAX trace, or under a
-            `tf.distribute` strategy of several replicas.
+        ValueError: If the transformation needs what a Keras optimizer cannot pass, inside a JAX trace, or in a step of
+            one of several replicas.
     """
-    if (count := get_bridge().replicas()) > 1:
+    if get_bridge().is_replica():
         raise ValueError(
-            f"a `tf.distribute` strategy with {count} replicas is not supported, as their gradients would not be "
-            "summed. Train on one device, or use an optimizer of Keras."
+            "the optimizer cannot be built by one of the replicas of a `tf.distribute` strategy. Call "
+            "`optimizer.build(model.trainable_variables)` before, in the scope of the strategy."
         )
     recipe = optimizer._own.recipe
     # Keras itself assigns the gradients of some variables, which are then not the transformation's.
@@ -34,7 +34,7 @@ def make_step(optimizer: Any, variables: Sequence[keras.Variable]) -> Step:
     with get_bridge().lifted():
         try:
             rate = optimizer._get_current_learning_rate() if recipe.takes_rate else None
-            rate = None if rate is None else keras.ops.convert_to_numpy(value_of(rate))
+            rate = None if rate is None else read(value_of(rate))
             step = Step(optimizer, trained, recipe, rate)
         except jax.errors.TracerArrayConversionError as error:
             raise ValueError(

@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import keras
 
+from jaxwrap._bridge import get_bridge
 from jaxwrap._errors import describe, door, naming
 from jaxwrap._function import PytreeFunction
 from jaxwrap._serialization import deserialize, one_config, serialize_callable
@@ -163,6 +165,10 @@ class _Stateful:
                 "metric as `metrics`, not as `weighted_metrics`."
             )
         weights = {"sample_weight": sample_weight} if self._takes_weights else {}
+        # No rule makes one state of those of several replicas. So all of them see the whole batch.
+        if get_bridge().is_replica():
+            batch = (y_true, y_pred, weights)
+            y_true, y_pred, weights = jax.tree.map(get_bridge().gathered, batch)
         # All read before any is assigned.
         old = [variable.value for variable in self.variables]
         _, new = self._update((), (y_true, y_pred, weights), old)

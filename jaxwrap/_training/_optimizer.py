@@ -15,7 +15,7 @@ from jaxwrap._training._internals import Internals
 from jaxwrap._training._printing import name_of, number_in
 from jaxwrap._training._rate import RatedOptimizer, value_of
 from jaxwrap._training._transformation import Recipe, with_arguments
-from jaxwrap._training._update import extra_arguments, tap
+from jaxwrap._training._update import extra_arguments, summed_arguments, tap
 from jaxwrap._typing import PyTree, Tensor
 
 
@@ -95,8 +95,8 @@ class OptaxOptimizer(RatedOptimizer):
             variables: The variables to train.
 
         Raises:
-            ValueError: If the transformation needs what a Keras optimizer cannot pass, or under a `tf.distribute`
-                strategy of several replicas.
+            ValueError: If the transformation needs what a Keras optimizer cannot pass, or in a step of one of the
+                replicas of a `tf.distribute` strategy.
         """
         step = _building.make_step(self, variables)
         before = _building.untrack(self) if self.built else {}
@@ -198,16 +198,21 @@ class OptaxOptimizer(RatedOptimizer):
         """Update by gradients that Keras has clipped, accumulated and unscaled, on each backend."""
         bridge, own = get_bridge(), self._own
         gradients: list[Any] = [None] * len(own.places)
-        for gradient, variable in zip(grads, trainable_variables, strict=True):
+        dense = []
+        for gradient in grads:
             # The gradient of an embedding may be sparse, which no transformation takes.
             if not bridge.is_tensor(gradient):
                 gradient = keras.ops.convert_to_tensor(bridge.dense(gradient), sparse=False)
-            gradients[own.places[self._var_key(variable)]] = gradient
+            dense.append(gradient)
+        # From here on all replicas compute the same.
+        places = [own.places[self._var_key(variable)] for variable in trainable_variables]
+        for place, gradient in zip(places, bridge.summed(dense), strict=True):
+            gradients[place] = gradient
         rate = None
         if own.recipe.takes_rate:
             # A number would be compiled in, and each new one would compile the update again.
             rate = keras.ops.convert_to_tensor(value_of(learning_rate))
-        own.step(gradients, rate, own.call.extra)
+        own.step(gradients, rate, summed_arguments(own.call.extra))
 
     # Saving.
 

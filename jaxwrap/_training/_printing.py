@@ -7,9 +7,9 @@ import itertools
 from typing import Any
 
 import keras
-import numpy as np
 
 from jaxwrap._bridge import get_bridge
+from jaxwrap._weights._variables import read
 
 
 def name_of(obj: Any) -> str:
@@ -29,7 +29,7 @@ def number_in(variable: keras.Variable, form: str) -> str:
     """Return the number in a variable, or "unknown" where it cannot be read."""
     try:
         with get_bridge().lifted():
-            number = np.asarray(keras.ops.convert_to_numpy(variable.value)).item()
+            number = read(variable.value).item()
     except (TypeError, RuntimeError):  # a tracer of JAX, or a buffer that was donated
         return "unknown"
     return format(number, form)

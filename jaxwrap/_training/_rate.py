@@ -11,6 +11,7 @@ from jaxwrap._serialization import deserialize, serialize
 from jaxwrap._training._internals import Internals
 from jaxwrap._training._printing import name_of, number_in
 from jaxwrap._training._transformation import EXAMPLE, injected
+from jaxwrap._weights._variables import read
 
 __all__ = ["EXAMPLE", "RatedOptimizer", "value_of"]
 
@@ -116,7 +117,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
             return keras.optimizers.schedules.serialize(rate)
         if _is_schedule(rate):
             return serialize(rate, "learning_rate")
-        return float(keras.ops.convert_to_numpy(value_of(rate)))  # pyright: ignore[reportArgumentType]
+        return float(read(value_of(rate)))
 
     @staticmethod
     def _rate_from_config(config: Any, custom_objects: Any) -> Any:

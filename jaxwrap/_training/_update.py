@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from jaxwrap._bridge import get_bridge
 from jaxwrap._function import PytreeFunction
 from jaxwrap._serialization import check_size
 from jaxwrap._training._params import Params
@@ -129,6 +130,24 @@ def tap(loss: Array, receive: Callable[[Array], Any]) -> Array:
 
     same.defvjp(lambda loss: (loss, loss), backward)
     return same(loss)
+
+
+def summed_arguments(extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the extra arguments of a transformation for all replicas.
+
+    Raises:
+        ValueError: In a step of one of several replicas, for an argument other than `value`.
+    """
+    bridge = get_bridge()
+    if not extra or not bridge.is_replica():
+        return extra
+    if others := [name for name in extra if name != "value"]:
+        raise ValueError(
+            f"received {', '.join(f'`{name}`' for name in others)} from one of the replicas of a `tf.distribute` "
+            "strategy, and it is unknown what all of them should use. Only `value` can be passed there, the loss of a "
+            "replica, which is summed as the gradients are."
+        )
+    return {"value": bridge.summed([extra["value"]])[0]}
 
 
 def extra_arguments(extra: dict[str, Any], loss: Any, needed: Sequence[str]) -> dict[str, Any]:

@@ -80,6 +80,17 @@ class Leaf:
         return (self.rule.reparametrize or None) if self.can_train else None
 
     @property
+    def aggregation(self) -> str:
+        """What becomes of the values that replicas on several devices assign: see `Rule`."""
+        if self.rule.aggregation is not None:
+            return self.rule.aggregation
+        # An optimizer assigns the same value to the parameters of all replicas.
+        if self.is_params:
+            return "none"
+        # The mean of two counters or of two keys is neither, and TensorFlow has none of complex numbers.
+        return "mean" if kind(self.dtype) == "float" else "only_first_replica"
+
+    @property
     def names(self) -> list[str]:
         """The path of each variable below the owner."""
         if self.layout is None:
@@ -90,6 +101,8 @@ class Leaf:
         """Whether a field of a `Rule` can apply to it."""
         if field == "dtype":
             return kind(value) == kind(self.dtype)
+        if field == "aggregation":
+            return value not in ("mean", "sum") or kind(self.dtype) == "float"
         return value is False or self.can_train
 
     def initials(self, value: Any) -> list[Initial]:
@@ -99,7 +112,8 @@ class Leaf:
             ValueError: If the leaf cannot be computed from parts as its rule says.
         """
         if self.form is None:
-            return [Initial(tuple(self.path.split("/")), value, self.stored, self.can_train)]
+            path = tuple(self.path.split("/"))
+            return [Initial(path, value, self.stored, self.can_train, self.aggregation)]
         for field in ("regularizer", "constraint"):
             if getattr(self.rule, field) is not None:
                 raise ValueError(
@@ -112,7 +126,7 @@ class Leaf:
             self.layout, arrays = Layout.make(self.form, array, self._key())
         parts = zip(self.names, arrays, self._trains(arrays), strict=True)
         return [
-            Initial(tuple(name.split("/")), array, str(array.dtype), trains)
+            Initial(tuple(name.split("/")), array, str(array.dtype), trains, self.aggregation)
             for name, array, trains in parts
         ]
 

@@ -14,6 +14,8 @@ from jaxwrap._serialization import deserialize, serialize, serialize_callable
 from jaxwrap._weights._patterns import compile_pattern, match
 from jaxwrap._weights._reparametrization import Reparametrization
 
+AGGREGATIONS = ("mean", "sum", "only_first_replica", "none")
+
 
 @keras.saving.register_keras_serializable(package="jaxwrap")
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +30,13 @@ class Rule:
         constraint: A Keras constraint, its name or its config, which optimizers apply after each update.
         reparametrize: A `Reparametrization`: the leaf is computed from parts. False for a leaf that is a plain
             variable, which `quantize` leaves alone.
+        aggregation: What becomes of the values that the replicas of a `tf.distribute` strategy assign, as in
+            `keras.Variable`: "mean", "sum", "only_first_replica" or "none". By default float state is the mean, all
+            other state that of the first replica, and parameters are "none", since all replicas assign the same.
 
     Raises:
         TypeError: For a field of another type.
-        ValueError: For a regularizer or a constraint that Keras does not know.
+        ValueError: For a regularizer, a constraint or an aggregation that Keras does not know.
 
     Example:
         >>> import flax.linen as nn, numpy as np, jaxwrap
@@ -48,6 +53,7 @@ class Rule:
     regularizer: Any = None
     constraint: Any = None
     reparametrize: Any = None
+    aggregation: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("trainable", "autocast"):
@@ -63,6 +69,11 @@ class Rule:
             raise TypeError(
                 "Rule: `reparametrize` must be a `jaxwrap.Reparametrization`, such as "
                 f"`jaxwrap.reparametrizations.LoRA(8)`, or False; received {self.reparametrize!r}."
+            )
+        if self.aggregation not in (None, *AGGREGATIONS):
+            raise ValueError(
+                f"Rule: `aggregation` must be one of {', '.join(map(repr, AGGREGATIONS))}, or None; received "
+                f"{self.aggregation!r}."
             )
         # Resolved now: a wrong name should fail here, and not when a layer is built.
         object.__setattr__(self, "regularizer", keras.regularizers.get(self.regularizer))

@@ -13,6 +13,7 @@ from jaxwrap._typing import Array, PyTree, Static
 from jaxwrap._weights._leaf import Leaf
 from jaxwrap._weights._leaves import Leaves
 from jaxwrap._weights._names import unique_names
+from jaxwrap._weights._rules import Rule
 from jaxwrap._weights._variables import array_of, key_impl
 
 Names = tuple[str, ...]
@@ -59,7 +60,16 @@ class State:
         order = sorted(places, key=lambda place: rank(names[place])) if rank else places
         paths = unique_names([(root, *path) for path in names])
         leaves = [
-            Leaf("/".join(path), array.dtype.name, impl, False, array.shape, array.dtype.name)
+            Leaf(
+                path="/".join(path),
+                dtype=array.dtype.name,
+                impl=impl,
+                is_params=False,
+                shape=array.shape,
+                stored=array.dtype.name,
+                # All replicas compute it from the same values.
+                rule=Rule(aggregation="none"),
+            )
             for path, array, impl in zip(paths, arrays, impls, strict=True)
         ]
         # Copies on the host: on JAX, `fit` donates and deletes the buffers of variables.

@@ -25,12 +25,14 @@ class Initial(NamedTuple):
         value: The first value, which is copied.
         dtype: The dtype.
         trainable: Whether it can be trained.
+        aggregation: What Keras makes of the values that replicas on several devices assign.
     """
 
     path: tuple[str, ...]
     value: Any
     dtype: str
     trainable: bool
+    aggregation: str = "none"
 
 
 def create_variables(
@@ -67,6 +69,7 @@ def _create(initial: Initial, copy: Any) -> keras.Variable:
         dtype=dtype,
         trainable=initial.trainable,
         autocast=False,  # the function that JAX compiles casts
+        aggregation=initial.aggregation,
         name=initial.path[-1],
     )
     # On NumPy Keras initializes all floats as it does by default, and keeps other dtypes for assignment.
@@ -125,7 +128,15 @@ def to_host(variable: keras.Variable) -> np.ndarray:
     value = variable.value
     if _is_float8(variable.dtype):  # PyTorch cannot convert it
         value = keras.ops.cast(value, "float32")
-    return np.array(keras.ops.convert_to_numpy(value)).astype(variable.dtype, copy=False)
+    return np.array(read(value)).astype(variable.dtype, copy=False)
+
+
+def read(value: Any) -> np.ndarray:
+    """Return a number or the value of a variable as a NumPy array, which may share its memory."""
+    # TensorFlow makes no array of a scalar variable that has a copy on each device.
+    if hasattr(value, "distribute_strategy"):
+        value = value.numpy()
+    return np.asarray(keras.ops.convert_to_numpy(value))
 
 
 def assign(variable: keras.Variable, value: np.ndarray) -> None:

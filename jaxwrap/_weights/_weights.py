@@ -260,8 +260,9 @@ def check_rules(rules: Rules, leaves: Sequence[Leaf]) -> None:
                 raise ValueError(
                     f"the rule for {pattern!r} sets {field}={value!r}, which applies to none of the leaves that it "
                     f"matches: {', '.join(f'{leaf.path} ({leaf.dtype})' for leaf in matched[:5])}. "
-                    "All fields but `dtype` are for float leaves of the parameters, "
-                    "`dtype` for leaves of its own kind: a float dtype for float leaves."
+                    "All fields but `dtype` and `aggregation` are for float leaves of the parameters, "
+                    "`dtype` for leaves of its own kind: a float dtype for float leaves. A mean or a sum of replicas "
+                    "is for float leaves."
                 )
 
 
