@@ -116,13 +116,15 @@ class Engine:
     # Building.
 
     def create_weights(self, params: PyTree, state: PyTree) -> None:
-        """Make the variables, with copies of these values."""
+        """Make the variables, with copies of these values, which may be in boxes."""
         layer = self.layer
         mixed = layer.autocast and layer.compute_dtype != layer.variable_dtype
         compute = layer.compute_dtype if mixed else None
         dtypes = Dtypes(layer.variable_dtype, compute, self.options.keep_dtypes)
-        trees, seed = (params, state), self.seeds.base
-        weights = Weights(layer, trees, self.adapter.join, self.rules, dtypes, seed)
+        trees, specs = self.adapter.unbox(params, state)
+        weights = Weights(
+            layer, trees, self.adapter.join, self.rules, dtypes, self.seeds.base, specs
+        )
         self.weights = weights
         self.track()
 

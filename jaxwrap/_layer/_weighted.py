@@ -103,4 +103,5 @@ class Weighted:
     def set_variables(self, variables: PyTree) -> None:
         """Assign a pytree as `get_variables` returns it, of any arrays. ValueError if it does not fit the weights."""
         engine = self._engine
-        engine.built_weights().write(*engine.adapter.split(variables))
+        values, _ = engine.adapter.unbox(*engine.adapter.split(variables))
+        engine.built_weights().write(*values)

@@ -17,6 +17,7 @@ from jaxwrap._bridge._memory import host_copies
 from jaxwrap._dtypes import can_hold, inexact, kind
 from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array
+from jaxwrap._weights._axes import Axes
 from jaxwrap._weights._reparametrization import Layout, RealImaginary, Reparametrization
 from jaxwrap._weights._rules import Rule
 from jaxwrap._weights._variables import Initial, array_of, assign, dtype_of, key_impl, to_host
@@ -43,6 +44,7 @@ class Leaf:
         cast: The dtype that JAX functions see, if it is another one.
         rule: The settings of all rules for it.
         seed: The seed of the key of its parts.
+        axes: The names of its axes, as the library has them, if it has any.
         layout: Its parts, once they have been made. None for one variable.
         variables: The variables, once they have been made.
     """
@@ -56,6 +58,7 @@ class Leaf:
     cast: str | None = None
     rule: Rule = dataclasses.field(default_factory=Rule)
     seed: int = 0
+    axes: Axes | None = None
     layout: Layout | None = None
     variables: tuple[keras.Variable, ...] = ()
 

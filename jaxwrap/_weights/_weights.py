@@ -15,6 +15,7 @@ import numpy as np
 from jaxwrap._dtypes import kind
 from jaxwrap._pytree import Structure, is_leaf_array, key_name, partition
 from jaxwrap._typing import PyTree
+from jaxwrap._weights._axes import names_of_axes
 from jaxwrap._weights._leaf import Leaf
 from jaxwrap._weights._leaves import Leaves, fill
 from jaxwrap._weights._names import unique_names
@@ -69,6 +70,7 @@ class Weights:
         rules: Rules,
         dtypes: Dtypes,
         seed: int,
+        specs: tuple[PyTree, PyTree] | None = None,
     ):
         """Make the variables, once it is sure that all of them can be made.
 
@@ -79,6 +81,7 @@ class Weights:
             rules: The rules for leaves. `freeze` adds to them.
             dtypes: The dtypes of float leaves.
             seed: The seed of parts that are drawn.
+            specs: The names of the axes of the leaves: see `Adapter.unbox`.
 
         Raises:
             ValueError: If a rule matches no leaf, or none that it can apply to.
@@ -91,6 +94,8 @@ class Weights:
             Leaf.of("/".join(path), value, place < count)
             for place, (path, value) in enumerate(zip(paths, values, strict=True))
         ]
+        for leaf, names in zip(self.leaves, names_of_axes(trees, specs), strict=True):
+            leaf.axes = names
         self._rules = rules
         resolved = rules.resolve([leaf.path for leaf in self.leaves])
         # Before the first variable, so that an error leaves nothing behind.
