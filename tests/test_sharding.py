@@ -1,5 +1,10 @@
 """Layouts on several devices: names of axes in models, rules, layout maps, reports."""
 
+import json
+import pathlib
+import subprocess
+import sys
+
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -12,7 +17,7 @@ from flax.core import meta
 from models import x
 
 import jaxwrap
-from jaxwrap import FlaxLayer, NNXLayer
+from jaxwrap import FlaxLayer, NNXLayer, Rule, reparametrizations
 
 
 @jaxwrap.register_serializable("sharding")
@@ -124,3 +129,194 @@ def test_nnx_metadata_needs_no_mesh_and_comes_back(made):
     assert module.up.kernel.get_metadata("out_sharding") == (None, "model")
     module.eval()
     np.testing.assert_allclose(module(x(4, 3)), to_numpy(layer(x(4, 3))), 1e-5, 1e-6)
+
+
+# Layout maps, which are metadata on every backend.
+
+
+def mesh(*sizes, names=("data", "model")):
+    devices = [f"cpu:{number}" for number in range(int(np.prod(sizes)))]
+    return keras.distribution.DeviceMesh(sizes, names, devices=devices)
+
+
+def axes_in(layouts):
+    return {path.replace("\\", ""): layout.axes for path, layout in layouts.items()}
+
+
+MEANINGS = (("mlp", "model"), ("embed", None), ("layers", None))
+OF_BOXES = {
+    "boxed/params/blocks/one/kernel": (None, None, "model"),
+    "boxed/params/up/kernel": (None, "model"),
+    "boxed/stats/mean": ("model",),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("built", [True, False])
+def test_layouts_come_from_the_names_in_a_module(built):
+    layer = boxed()
+    shape = (None, 3)
+    if built:
+        layer(x(4, 3))
+        shape = None
+    layouts = layer.layout_map(mesh(2, 4), shape, axes=MEANINGS)
+    assert isinstance(layouts, keras.distribution.LayoutMap)
+    assert axes_in(layouts) == OF_BOXES
+    assert layer.built is built
+    # One exact path: an optimizer's state of the same name has no layout.
+    assert layouts["adam/boxed/params/up/kernel"] is None
+
+
+def test_pretrained_plain_values_have_the_names_of_the_module():
+    layer = boxed(variables=meta.unbox(native()))
+    assert axes_in(layer.layout_map(mesh(2, 4), (None, 3), axes=MEANINGS)) == OF_BOXES
+
+
+def test_a_rule_counts_more_than_a_name():
+    rules = {
+        "params/up/kernel": Rule(layout=("model", None)),
+        "params/up/bias": Rule(layout=[["data", "model"]]),
+        "stats/.*": Rule(layout=(None,)),
+    }
+    layer = FlaxLayer(nn.Dense(8), rules={"params/kernel": Rule(layout=("model", None))}, name="d")
+    assert axes_in(layer.layout_map(mesh(2, 4), (None, 4))) == {"d/params/kernel": ("model", None)}
+    layer = boxed(rules=rules)
+    with pytest.raises(ValueError, match=r"up/kernel, of shape \(3, 8\).*data=2, model=4.*divide"):
+        layer.layout_map(mesh(2, 4), (None, 3), axes=MEANINGS)
+    layouts = axes_in(layer.layout_map(mesh(2, 4), (None, 4), axes=MEANINGS))
+    assert layouts == {
+        "boxed/params/blocks/one/kernel": (None, None, "model"),
+        "boxed/params/up/kernel": ("model", None),
+        "boxed/params/up/bias": (("data", "model"),),
+    }
+
+
+def test_the_first_free_meaning_of_a_name_counts():
+    meanings = [("mlp", "data"), ("embed", "data"), ("embed", "model"), ("layers", None)]
+    layer = boxed()
+    layouts = axes_in(layer.layout_map(mesh(2, 4), (None, 3), axes=meanings))
+    assert layouts["boxed/params/blocks/one/kernel"] == (None, "model", "data")
+    layouts = layer.layout_map(mesh(2, 4), (None, 3), dict(MEANINGS) | {"mlp": ("data", "model")})
+    assert layouts["boxed/stats/mean"].axes == (("data", "model"),)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("layout", "problem"),
+    [
+        (("model",), "expected an entry for each of its 2 axes, received 1"),
+        ((None, "tensor"), "no axis 'tensor'"),
+        (("model", None), "3 does not divide by the 4 devices"),
+        ((None, ("data", "model")), "12 does not divide by the 8 devices"),
+        ((None, ("model", "model")), "'model' twice"),
+    ],
+)
+def test_a_layout_that_does_not_fit_names_leaf_shape_and_mesh(layout, problem):
+    layer = FlaxLayer(nn.Dense(12), rules={"params/kernel": Rule(layout=layout)}, name="dense")
+    with pytest.raises(ValueError, match="params/kernel, of shape") as error:
+        layer.layout_map(mesh(2, 4), (None, 3))
+    assert problem in str(error.value)
+    assert "(3, 12)" in str(error.value)
+    assert "data=2, model=4" in str(error.value)
+
+
+def test_names_that_do_not_fit_say_what_to_do():
+    layer = boxed()
+    with pytest.raises(ValueError, match=r"no axis 'embed'.*axes=\(\('embed', None\), ...\)"):
+        layer.layout_map(mesh(2, 4), (None, 3), axes=MEANINGS[:1] + MEANINGS[2:])
+    with pytest.raises(ValueError, match=r"add \('embed', None\) to `axes`"):
+        layer.layout_map(mesh(2, 4), (None, 3), [("mlp", "model"), ("embed", "model"), MEANINGS[2]])
+    with pytest.raises(ValueError, match=r"has not been built.*Pass `input_shape`"):
+        layer.layout_map(mesh(2, 4))
+    with pytest.raises(TypeError, match="must be a `keras"):
+        layer.layout_map({"model": 4}, (None, 3))
+    with pytest.raises(TypeError, match="`axes` must be pairs"):
+        layer.layout_map(mesh(2, 4), (None, 3), axes="mlp")
+    layer = FlaxLayer(nn.Dense(8), rules={"params/kernel": Rule(layout=("model",))})
+    with pytest.raises(ValueError, match="an entry for each of its 2 axes, received 1"):
+        layer.build((None, 3))
+    assert layer.weights == []
+    with pytest.raises(TypeError, match=r"Rule: `layout` must be a tuple"):
+        Rule(layout="model")
+
+
+@pytest.mark.quick
+def test_a_layout_map_allocates_nothing():
+    """Of a model of terabytes, with integers for inputs."""
+
+    class Large(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            return nn.Dense(2**21)(nn.Embed(2**20, 2**20)(tokens))
+
+    layer = FlaxLayer(
+        Large(), rules={".*/(kernel|embedding)": Rule(layout=(None, "model"))}, name="l"
+    )
+    layouts = layer.layout_map(mesh(2, 4), keras.KerasTensor((None, 3), "int32"))
+    assert layouts["l/params/Embed_0/embedding"].axes == (None, "model")
+    assert len(layouts) == 2
+
+
+def test_parts_have_the_layout_of_their_leaf():
+    lora = reparametrizations.LoRA(2, base=reparametrizations.Int8())
+    rule = Rule(layout=("data", "model"), reparametrize=lora)
+    layer = FlaxLayer(nn.Dense(8), rules={".*/kernel": rule}, name="d")
+    for shape in ((None, 4), None):
+        assert axes_in(layer.layout_map(mesh(2, 4), shape)) == {
+            "d/params/kernel/base/values": ("data", "model"),
+            "d/params/kernel/base/scale": (None, "model"),
+            "d/params/kernel/a": ("data", None),
+            "d/params/kernel/b": (None, "model"),
+        }
+        layer.build((None, 4))
+
+
+def test_nnx_names_become_layouts():
+    layer = NNXLayer.from_factory(Annotated, name="annotated")
+    layouts = layer.layout_map(mesh(2, 4), (None, 3))
+    assert axes_in(layouts) == {"annotated/params/up/kernel": (None, "model")}
+
+
+def test_rules_with_layouts_are_saved_and_listed():
+    layer = FlaxLayer(
+        nn.Dense(8), rules={".*/kernel": Rule(layout=(None, ("data", "model")))}, name="d"
+    )
+    again = FlaxLayer.from_config(layer.get_config())
+    again.build((None, 4))
+    table = again.weight_table()
+    assert [row.layout for row in table] == [None, (None, ("data", "model"))]
+    assert "layout" in str(table)
+    assert "(None, ('data', 'model'))" in str(table)
+    layer = FlaxLayer(nn.Dense(8), name="d")
+    layer.build((None, 4))
+    assert "layout" not in str(layer.weight_table())
+
+
+# On eight virtual devices, in a process of their own.
+
+SCRIPT = pathlib.Path(__file__).parent / "helpers" / "sharding_script.py"
+CHECKS = [
+    "data and model parallel fit is equal to one device",
+    "a rule counts more than a layout map",
+    "a map of the layer holds where a model builds it",
+    "a rule for an axis that the mesh lacks raises",
+    "parts are divided as their leaf",
+]
+
+
+@pytest.fixture(scope="module")
+def results():
+    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.only("jax")
+def test_all_checks_run(results):
+    assert list(results) == CHECKS
+
+
+@pytest.mark.only("jax")
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_eight_devices(results, name):
+    assert results[name] is None, results[name]

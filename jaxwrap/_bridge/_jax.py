@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ class JaxBridge(Bridge):
     """The bridge of JAX, which jits eager calls and stays out of traces."""
 
     name = "jax"
+    shards = True
 
     def is_concrete(self, leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
@@ -28,17 +29,22 @@ class JaxBridge(Bridge):
             return tuple(tensor.shape), str(tensor.dtype)
         return super().spec(tensor)
 
-    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+    def copies(
+        self, arrays: Sequence[Array | np.ndarray], shardings: Sequence[Any]
+    ) -> Iterator[Any]:
         # One call for all copies is several times faster. Arrays that the user has put on a device go through the host.
-        anywhere = list(map(_is_anywhere, arrays))
-        # Keras may build a layer inside a trace, and a variable must not hold a tracer. `fit` donates the buffers of
-        # variables: without `may_alias=False` the arrays of the user would be deleted.
-        with jax.ensure_compile_time_eval():
-            copied = iter(
-                jax.device_put(list(itertools.compress(arrays, anywhere)), may_alias=False)
-            )
-        for array, is_anywhere in zip(arrays, anywhere, strict=True):
-            yield next(copied) if is_anywhere else next(host_copies([array]))
+        pairs = list(zip(arrays, shardings, strict=True))
+        together = [array for array, to in pairs if to is None and _is_anywhere(array)]
+        # `fit` donates the buffers of variables: without `may_alias=False` the arrays of the user would be deleted.
+        with _outside_traces():
+            copied = iter(jax.device_put(together, may_alias=False))
+        for array, to in pairs:
+            if to is not None:
+                # Straight to where it belongs: the whole may fit on no device.
+                with _outside_traces():
+                    yield jax.device_put(array, to, may_alias=False)
+            else:
+                yield next(copied) if _is_anywhere(array) else next(host_copies([array]))
 
     def wrap(
         self,
@@ -55,6 +61,11 @@ class JaxBridge(Bridge):
             return jitted(*tensors)
 
         return call
+
+
+def _outside_traces() -> contextlib.AbstractContextManager[Any]:
+    """Compute eagerly. Keras may build a layer inside a trace, and a variable must not hold a tracer."""
+    return jax.core.eval_context()
 
 
 def _is_anywhere(array: Array | np.ndarray) -> bool:

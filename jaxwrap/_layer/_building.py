@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ from jaxwrap._layer._inputs import placeholders
 from jaxwrap._pytree import is_array, partition, path_str
 from jaxwrap._serialization import check_size
 from jaxwrap._specs import Spec, partition_specs
-from jaxwrap._typing import PyTree
+from jaxwrap._typing import Array, PyTree
+from jaxwrap._weights import Plan
+from jaxwrap._weights._leaf import Leaf
+from jaxwrap._weights._variables import Initial, array_of
 
 if TYPE_CHECKING:
     from jaxwrap._layer._engine import Engine
@@ -43,6 +46,40 @@ def init_weights(engine: Engine, specs: dict[str, PyTree]) -> None:
         )
     with jax.ensure_compile_time_eval():
         engine.create_weights(params, state)
+
+
+class Traced(NamedTuple):
+    """The variables that a layer will have, from a trace of its `init`.
+
+    Attributes:
+        plan: The weights.
+        initials: For each leaf its variables, with a `jax.ShapeDtypeStruct` in the place of the value.
+    """
+
+    plan: Plan
+    initials: list[list[Initial]]
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The leaves."""
+        return self.plan.leaves
+
+
+def trace_init(engine: Engine, specs: dict[str, PyTree]) -> Traced:
+    """Find out which variables `init` makes, by `jax.eval_shape`, which allocates nothing."""
+    noted: list[Any] = []
+
+    def arrays_of() -> list[list[Array]]:
+        plan, values = engine.plan(*engine.init(placeholders(specs)))
+        initials = [leaf.initials(value) for leaf, value in zip(plan.leaves, values, strict=True)]
+        noted.append((plan, initials))
+        return [[jnp.asarray(array_of(one.value), one.dtype) for one in part] for part in initials]
+
+    with engine.lock:
+        shapes = jax.eval_shape(arrays_of)
+    plan, initials = noted[-1]
+    pairs = [zip(part, own, strict=True) for part, own in zip(initials, shapes, strict=True)]
+    return Traced(plan, [[one._replace(value=shape) for one, shape in part] for part in pairs])
 
 
 def _check_sizes(engine: Engine, specs: dict[str, PyTree]) -> None:

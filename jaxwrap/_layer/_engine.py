@@ -28,7 +28,7 @@ from jaxwrap._layer._shapes import Survey, abstract_result, survey
 from jaxwrap._specs import partition_specs
 from jaxwrap._tracing import explained
 from jaxwrap._typing import PyTree
-from jaxwrap._weights import Dtypes, Rules, Weights
+from jaxwrap._weights import Dtypes, Plan, Rules, Weights
 from jaxwrap._weights._files import load, save
 
 
@@ -115,17 +115,18 @@ class Engine:
 
     # Building.
 
-    def create_weights(self, params: PyTree, state: PyTree) -> None:
-        """Make the variables, with copies of these values, which may be in boxes."""
+    def plan(self, params: PyTree, state: PyTree) -> tuple[Plan, list[Any]]:
+        """Describe the variables for initial values, which may be in boxes. Return the values, too."""
         layer = self.layer
         mixed = layer.autocast and layer.compute_dtype != layer.variable_dtype
         compute = layer.compute_dtype if mixed else None
         dtypes = Dtypes(layer.variable_dtype, compute, self.options.keep_dtypes)
         trees, specs = self.adapter.unbox(params, state)
-        weights = Weights(
-            layer, trees, self.adapter.join, self.rules, dtypes, self.seeds.base, specs
-        )
-        self.weights = weights
+        return Plan.of(trees, specs, self.adapter.join, self.rules, dtypes, self.seeds.base)
+
+    def create_weights(self, params: PyTree, state: PyTree) -> None:
+        """Make the variables, with copies of these values, which may be in boxes."""
+        self.weights = Weights(self.layer, *self.plan(params, state))
         self.track()
 
     def track(self) -> None:

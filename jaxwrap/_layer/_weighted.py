@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
+
 from jaxwrap._errors import door
-from jaxwrap._layer import _rebuild
+from jaxwrap._layer import _rebuild, _sharding
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Reparametrization
 from jaxwrap._weights._table import WeightTable
+
+# What the names of axes mean by default.
+AXES = (("mlp", "model"), ("batch", "batch"))
 
 
 class Weighted:
@@ -87,6 +92,39 @@ class Weighted:
     def weight_table(self) -> WeightTable:
         """Return path, shape, dtype, `trainable` and size of each weight, as a tuple that prints as a table."""
         return self._engine.built_weights().table(self.trainable_variables)  # type: ignore[attr-defined]
+
+    @door
+    def layout_map(
+        self,
+        device_mesh: keras.distribution.DeviceMesh,
+        input_shape: Any = None,
+        axes: Any = AXES,
+    ) -> keras.distribution.LayoutMap:
+        """Return how the weights are divided over a mesh, for `keras.distribution.ModelParallel`.
+
+        Nothing is allocated. Each weight that is divided has an entry under its exact path. `Rule(layout=...)` counts
+        first, then the names that Flax modules have for the axes of their parameters.
+
+        Args:
+            device_mesh: The mesh.
+            input_shape: The shape of the first argument, or a nest of shapes, for a layer that is not built. A
+                `keras.KerasTensor` has a dtype too, for inputs that are not floats.
+            axes: What names of axes mean, as pairs in Flax's form: a name, and None, an axis of the mesh or several.
+                The first meaning whose axes are free counts. Names without a meaning are axes of the mesh.
+
+        Raises:
+            ValueError: If the layer is not built and `input_shape` is None, or a layout does not fit its weight or
+                the mesh.
+
+        Example:
+            >>> import flax.linen as nn, keras, jaxwrap
+            >>> mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), devices=["cpu:0"])
+            >>> rules = {".*/kernel": jaxwrap.Rule(layout=(None, "model"))}
+            >>> layer = jaxwrap.FlaxLayer(nn.Dense(4), rules=rules, name="dense")
+            >>> [(path, layout.axes) for path, layout in layer.layout_map(mesh, (None, 3)).items()]
+            [('dense/params/kernel', (None, 'model'))]
+        """
+        return _sharding.layout_map(self._engine, device_mesh, input_shape, axes)
 
     @door
     def get_variables(self, merged: bool = True) -> PyTree:

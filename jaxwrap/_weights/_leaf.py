@@ -17,7 +17,8 @@ from jaxwrap._bridge._memory import host_copies
 from jaxwrap._dtypes import can_hold, inexact, kind
 from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array
-from jaxwrap._weights._axes import Axes
+from jaxwrap._weights._axes import Axes, is_spread, of_part
+from jaxwrap._weights._devices import axes_of
 from jaxwrap._weights._reparametrization import Layout, RealImaginary, Reparametrization
 from jaxwrap._weights._rules import Rule
 from jaxwrap._weights._variables import Initial, array_of, assign, dtype_of, key_impl, to_host
@@ -93,6 +94,8 @@ class Leaf:
         """Whether a field of a `Rule` can apply to it."""
         if field == "dtype":
             return kind(value) == kind(self.dtype)
+        if field == "layout":
+            return True
         return value is False or self.can_train
 
     def initials(self, value: Any) -> list[Initial]:
@@ -102,7 +105,8 @@ class Leaf:
             ValueError: If the leaf cannot be computed from parts as its rule says.
         """
         if self.form is None:
-            return [Initial(tuple(self.path.split("/")), value, self.stored, self.can_train)]
+            path = tuple(self.path.split("/"))
+            return [Initial(path, value, self.stored, self.can_train, self.rule.layout)]
         for field in ("regularizer", "constraint"):
             if getattr(self.rule, field) is not None:
                 raise ValueError(
@@ -115,9 +119,20 @@ class Leaf:
             self.layout, arrays = Layout.make(self.form, array, self._key())
         parts = zip(self.names, arrays, self._trains(arrays), strict=True)
         return [
-            Initial(tuple(name.split("/")), array, str(array.dtype), trains)
+            Initial(tuple(name.split("/")), array, str(array.dtype), trains, self._divided(array))
             for name, array, trains in parts
         ]
+
+    def _divided(self, part: Any) -> Axes | None:
+        """Return the layout of a part, if a rule sets one for the leaf."""
+        return self.rule.layout and of_part(self.rule.layout, self.shape, tuple(part.shape))
+
+    def divided(self, variable: keras.Variable) -> Axes | None:
+        """Return what each axis of one of the variables is divided by: see `WeightRow`."""
+        names = self.rule.layout or self.axes
+        of_leaf = names and of_part(names, self.shape, tuple(variable.shape))
+        found = axes_of(getattr(variable, "_layout", None)) or of_leaf
+        return found if is_spread(found) else None
 
     def _trains(self, arrays: Sequence[Any]) -> list[bool]:
         """For each variable, whether it can be trained."""

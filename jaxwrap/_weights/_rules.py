@@ -11,6 +11,7 @@ import keras
 
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._serialization import deserialize, serialize, serialize_callable
+from jaxwrap._weights._axes import check_axes
 from jaxwrap._weights._patterns import compile_pattern, match
 from jaxwrap._weights._reparametrization import Reparametrization
 
@@ -28,6 +29,8 @@ class Rule:
         constraint: A Keras constraint, its name or its config, which optimizers apply after each update.
         reparametrize: A `Reparametrization`: the leaf is computed from parts. False for a leaf that is a plain
             variable, which `quantize` leaves alone.
+        layout: How `keras.distribution` divides a leaf on JAX: for each of its axes None, the name of an axis of the
+            mesh, or a tuple of such names. It counts more than a `LayoutMap`, and `layout_map` returns it.
 
     Raises:
         TypeError: For a field of another type.
@@ -48,6 +51,7 @@ class Rule:
     regularizer: Any = None
     constraint: Any = None
     reparametrize: Any = None
+    layout: Any = None
 
     def __post_init__(self) -> None:
         for name in ("trainable", "autocast"):
@@ -64,6 +68,8 @@ class Rule:
                 "Rule: `reparametrize` must be a `jaxwrap.Reparametrization`, such as "
                 f"`jaxwrap.reparametrizations.LoRA(8)`, or False; received {self.reparametrize!r}."
             )
+        if self.layout is not None:
+            object.__setattr__(self, "layout", check_axes(self.layout, "Rule: `layout`"))
         # Resolved now: a wrong name should fail here, and not when a layer is built.
         object.__setattr__(self, "regularizer", keras.regularizers.get(self.regularizer))
         object.__setattr__(self, "constraint", keras.constraints.get(self.constraint))

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import keras
 import numpy as np
+from keras.src.backend.common.name_scope import current_path
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._typing import Array
+from jaxwrap._weights._axes import Axes
+from jaxwrap._weights._devices import layout_of, sharding_of
 
 
 class Initial(NamedTuple):
@@ -25,12 +28,14 @@ class Initial(NamedTuple):
         value: The first value, which is copied.
         dtype: The dtype.
         trainable: Whether it can be trained.
+        axes: Its layout, if a rule sets one.
     """
 
     path: tuple[str, ...]
     value: Any
     dtype: str
     trainable: bool
+    axes: Axes | None = None
 
 
 def create_variables(
@@ -43,32 +48,62 @@ def create_variables(
         initials: The variables.
         outer: Names above the owner, which the scopes of its first variables had.
     """
-    copies = get_bridge().copies([array_of(initial.value) for initial in initials])
     variables = []
     # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
     with contextlib.ExitStack() as above:
         for scope in outer:
             above.enter_context(keras.name_scope(scope))
         above.enter_context(keras.name_scope(owner.name, caller=owner))
-        for scopes, together in itertools.groupby(initials, lambda initial: initial.path[:-1]):
+        values = [array_of(initial.value) for initial in initials]
+        layouts = _layouts(owner, initials, values)
+        copies = get_bridge().copies(values, list(map(sharding_of, layouts)))
+        pairs = zip(initials, layouts, strict=True)
+        for scopes, together in itertools.groupby(pairs, lambda pair: pair[0].path[:-1]):
             with contextlib.ExitStack() as stack:
                 for scope in scopes:
                     stack.enter_context(keras.name_scope(scope))
                 # One after the other, so that no backend ever holds a second copy of the whole.
-                variables += [_create(initial, next(copies)) for initial in together]
+                variables += [
+                    _create(initial, next(copies), layout) for initial, layout in together
+                ]
     return variables
 
 
-def _create(initial: Initial, copy: Any) -> keras.Variable:
+def _layouts(owner: Any, initials: Sequence[Initial], values: Sequence[Any]) -> list[Any]:
+    """Return the layout of each variable to make: see `layout_of`. Call it in the scope of the owner."""
+    if not get_bridge().shards:
+        return [None] * len(initials)
+    above = current_path()
+    return [
+        layout_of(
+            f"{above}/{'/'.join(one.path)}",
+            f"{owner.name}/{'/'.join(one.path)}",
+            tuple(value.shape),
+            one.dtype,
+            one.axes,
+            value,
+        )
+        for one, value in zip(initials, values, strict=True)
+    ]
+
+
+def _create(initial: Initial, copy: Any, layout: Any) -> keras.Variable:
     dtype = initial.dtype
+
+    def make(shape: Any, dtype: str) -> Any:
+        return _to_tensor(copy, initial.dtype)
+
+    # As an initializer, since Keras would copy a value once more. But a large one with a layout it would compile, with
+    # the value as a constant.
+    divided = layout is not None and not in_stateless_scope()
     variable = keras.Variable(
-        # As an initializer, since Keras would copy a value once more.
-        lambda shape, dtype: _to_tensor(copy, dtype),
+        _to_tensor(copy, dtype) if divided else make,
         shape=tuple(copy.shape),
         dtype=dtype,
         trainable=initial.trainable,
         autocast=False,  # the function that JAX compiles casts
         name=initial.path[-1],
+        layout=layout,
     )
     # On NumPy Keras initializes all floats as it does by default, and keeps other dtypes for assignment.
     if dtype == "float64" and keras.backend.standardize_dtype(variable.value.dtype) != dtype:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxwrap._dtypes import kind
 from jaxwrap._pytree import Structure, is_leaf_array, key_name, partition
 from jaxwrap._typing import PyTree
-from jaxwrap._weights._axes import names_of_axes
+from jaxwrap._weights._axes import check_rank, names_of_axes
 from jaxwrap._weights._leaf import Leaf
 from jaxwrap._weights._leaves import Leaves, fill
 from jaxwrap._weights._names import unique_names
@@ -53,6 +53,61 @@ class Dtypes(NamedTuple):
             leaf.stored = leaf.rule.dtype
 
 
+class Plan(NamedTuple):
+    """The weights of an owner before there are variables.
+
+    Attributes:
+        structures: The structures of `params` and `state`.
+        leaves: The leaves of both, params first.
+        count: The number of leaves of the params.
+        rules: The rules for leaves. `freeze` adds to them.
+    """
+
+    structures: tuple[Structure, Structure]
+    leaves: list[Leaf]
+    count: int
+    rules: Rules
+
+    @classmethod
+    def of(
+        cls,
+        trees: tuple[PyTree, PyTree],
+        specs: Any,
+        join: Join,
+        rules: Rules,
+        dtypes: Dtypes,
+        seed: int,
+    ) -> tuple[Plan, list[Any]]:
+        """Describe two pytrees. Return the plan, and the values of the leaves.
+
+        Args:
+            trees: `params` and `state` with the initial values.
+            specs: The names of the axes of the leaves: see `Adapter.unbox`.
+            join: Makes one pytree of both, which gives each leaf its path.
+            rules: The rules for leaves.
+            dtypes: The dtypes of float leaves.
+            seed: The seed of parts that are drawn.
+
+        Raises:
+            ValueError: If a rule matches no leaf, or none that it can apply to.
+        """
+        (params, first), (state, second) = (partition(tree, is_leaf_array) for tree in trees)
+        values = [*params, *state]
+        leaves = [
+            Leaf.of("/".join(path), value, place < len(params))
+            for place, (path, value) in enumerate(
+                zip(_paths((first, second), join), values, strict=True)
+            )
+        ]
+        resolved = rules.resolve([leaf.path for leaf in leaves])
+        check_rules(rules, leaves)
+        for leaf, rule, axes in zip(leaves, resolved, names_of_axes(trees, specs), strict=True):
+            leaf.rule, leaf.seed, leaf.axes = rule, seed, axes
+            dtypes.apply(leaf)
+        _check_tied(leaves)
+        return cls((first, second), leaves, len(params), rules), values
+
+
 class Weights:
     """The variables of an owner: two pytrees, in one order, params first.
 
@@ -62,52 +117,25 @@ class Weights:
         leaves: All leaves, in the order of the variables.
     """
 
-    def __init__(
-        self,
-        owner: Any,
-        trees: tuple[PyTree, PyTree],
-        join: Join,
-        rules: Rules,
-        dtypes: Dtypes,
-        seed: int,
-        specs: tuple[PyTree, PyTree] | None = None,
-    ):
+    def __init__(self, owner: Any, plan: Plan, values: Sequence[Any]):
         """Make the variables, once it is sure that all of them can be made.
 
         Args:
             owner: Its name begins the paths of the variables, and it must still track them.
-            trees: `params` and `state` with the initial values, which are copied.
-            join: Makes one pytree of both, which gives each leaf its path.
-            rules: The rules for leaves. `freeze` adds to them.
-            dtypes: The dtypes of float leaves.
-            seed: The seed of parts that are drawn.
-            specs: The names of the axes of the leaves: see `Adapter.unbox`.
+            plan: What to make.
+            values: The initial values of the leaves, which are copied.
 
         Raises:
-            ValueError: If a rule matches no leaf, or none that it can apply to.
+            ValueError: If a rule has the layout of a leaf of another rank, or one that does not fit the mesh.
         """
-        parts = [partition(tree, is_leaf_array) for tree in trees]
-        paths = _paths([structure for _, structure in parts], join)
-        values = [value for part, _ in parts for value in part]
-        count = len(parts[0][0])
-        self.leaves = [
-            Leaf.of("/".join(path), value, place < count)
-            for place, (path, value) in enumerate(zip(paths, values, strict=True))
-        ]
-        for leaf, names in zip(self.leaves, names_of_axes(trees, specs), strict=True):
-            leaf.axes = names
-        self._rules = rules
-        resolved = rules.resolve([leaf.path for leaf in self.leaves])
-        # Before the first variable, so that an error leaves nothing behind.
-        check_rules(rules, self.leaves)
-        for leaf, rule in zip(self.leaves, resolved, strict=True):
-            leaf.rule, leaf.seed = rule, seed
-            dtypes.apply(leaf)
-        _check_tied(self.leaves)
-        split = self.leaves[:count], self.leaves[count:]
+        for leaf in plan.leaves:
+            if leaf.rule.layout is not None:
+                check_rank(leaf.path, leaf.shape, leaf.rule.layout)
+        self.leaves, self._rules, count = plan.leaves, plan.rules, plan.count
+        split = (self.leaves[:count], values[:count]), (self.leaves[count:], values[count:])
         self.params, self.state = (
             Leaves.create(owner, structure, leaves, part)
-            for (part, structure), leaves in zip(parts, split, strict=True)
+            for structure, (leaves, part) in zip(plan.structures, split, strict=True)
         )
         for leaf in self.leaves:
             leaf.obey(leaf.rule)
@@ -207,8 +235,11 @@ class Weights:
         """Return a row for each variable."""
         ids = set(map(id, trained))
         return WeightTable(
-            WeightRow(v.path, tuple(v.shape), v.dtype, id(v) in ids, math.prod(v.shape))
-            for v in self.variables
+            WeightRow(
+                v.path, tuple(v.shape), v.dtype, id(v) in ids, math.prod(v.shape), leaf.divided(v)
+            )
+            for leaf in self.leaves
+            for v in leaf.variables
         )
 
     # Values.
@@ -248,7 +279,7 @@ def check_rules(rules: Rules, leaves: Sequence[Leaf]) -> None:
                 raise ValueError(
                     f"the rule for {pattern!r} sets {field}={value!r}, which applies to none of the leaves that it "
                     f"matches: {', '.join(f'{leaf.path} ({leaf.dtype})' for leaf in matched[:5])}. "
-                    "All fields but `dtype` are for float leaves of the parameters, "
+                    "All fields but `dtype` and `layout` are for float leaves of the parameters, "
                     "`dtype` for leaves of its own kind: a float dtype for float leaves."
                 )
 

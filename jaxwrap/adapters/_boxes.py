@@ -26,8 +26,13 @@ def specs_of_variables(state: Any) -> PyTree:
     from flax import nnx
 
     def spec(variable: Any) -> PartitionSpec:
-        metadata = variable.get_metadata() if isinstance(variable, nnx.Variable) else {}
-        return _renamed(metadata.get("out_sharding"), metadata.get("sharding_rules"))
+        if not isinstance(variable, nnx.Variable):
+            return PartitionSpec()
+        metadata = variable.get_metadata()
+        spec = _renamed(metadata.get("out_sharding"), metadata.get("sharding_rules"))
+        # NNX leaves out the last axes.
+        rank = len(getattr(variable.get_raw_value(), "shape", ()))
+        return PartitionSpec(*spec, *[None] * (rank - len(spec))) if any(spec) else spec
 
     specs = jax.tree_util.tree_map(spec, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
     return nnx.to_pure_dict(specs)
