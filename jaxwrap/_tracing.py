@@ -43,6 +43,12 @@ class TracedValueError(TypeError):
     """Python code needs the value of a traced array."""
 
 
+def outside_traces() -> contextlib.AbstractContextManager[None]:
+    """Compute eagerly in this scope, even while JAX traces around it."""
+    # Not `ensure_compile_time_eval`, which holds inside the traces of `jit` and `shard_map` in this scope too.
+    return jax.core.eval_context()
+
+
 @contextlib.contextmanager
 def explained(names: Mapping[str, str] | None = None) -> Iterator[None]:
     """Raise TypeError for a traced value that Python code needs: where, what it depends on, what to write instead.

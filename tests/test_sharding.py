@@ -301,6 +301,13 @@ CHECKS = [
     "a map of the layer holds where a model builds it",
     "a rule for an axis that the mesh lacks raises",
     "parts are divided as their leaf",
+    "initial values are made in their places",
+    "initial values are those of one device",
+    "given values go to their places and stay the user s",
+    "given shards keep their places",
+    "a collective in init works in traces too",
+    "a divided layer is built inside a trace",
+    "values of a trace cannot be initial values",
 ]
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import host_copies
+from jaxwrap._tracing import outside_traces
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 
@@ -32,19 +33,27 @@ class JaxBridge(Bridge):
     def copies(
         self, arrays: Sequence[Array | np.ndarray], shardings: Sequence[Any]
     ) -> Iterator[Any]:
-        # One call for all copies is several times faster. Arrays that the user has put on a device go through the host.
         pairs = list(zip(arrays, shardings, strict=True))
-        together = [array for array, to in pairs if to is None and _is_anywhere(array)]
-        # `fit` donates the buffers of variables: without `may_alias=False` the arrays of the user would be deleted.
-        with _outside_traces():
-            copied = iter(jax.device_put(together, may_alias=False))
+        # Keras may build a layer inside a trace, and a variable must not hold a tracer. One call for all copies is
+        # several times faster. `fit` donates the buffers of variables: without `may_alias=False` the arrays of the
+        # user would be deleted.
+        with outside_traces():
+            copied = iter(
+                jax.device_put(
+                    [array for array, to in pairs if to is None and _is_anywhere(array)],
+                    may_alias=False,
+                )
+            )
         for array, to in pairs:
             if to is not None:
-                # Straight to where it belongs: the whole may fit on no device.
-                with _outside_traces():
-                    yield jax.device_put(array, to, may_alias=False)
+                with outside_traces():
+                    copy = _spread_copy(array, to)
+                yield copy
+            elif _is_anywhere(array):
+                yield next(copied)
             else:
-                yield next(copied) if _is_anywhere(array) else next(host_copies([array]))
+                # Arrays that the user has put on a device go through the host.
+                yield next(host_copies([array]))
 
     def wrap(
         self,
@@ -63,9 +72,15 @@ class JaxBridge(Bridge):
         return call
 
 
-def _outside_traces() -> contextlib.AbstractContextManager[Any]:
-    """Compute eagerly. Keras may build a layer inside a trace, and a variable must not hold a tracer."""
-    return jax.core.eval_context()
+def _spread_copy(array: Array | np.ndarray, sharding: Any) -> Array:
+    """Copy an array to devices, each part straight to its own: the whole may fit on no device."""
+    # `may_alias=False` does not hold for what `device_put` divides: it aliases NumPy's memory, and shards of JAX.
+    if isinstance(array, jax.Array):
+        return jnp.array(jax.device_put(array, sharding), dtype=array.dtype, copy=True)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: np.array(array[index], dtype)
+    )
 
 
 def _is_anywhere(array: Array | np.ndarray) -> bool:

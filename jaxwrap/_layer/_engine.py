@@ -30,6 +30,7 @@ from jaxwrap._tracing import explained
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Dtypes, Plan, Rules, Weights
 from jaxwrap._weights._files import load, save
+from jaxwrap._weights._variables import Initial, Make
 
 
 class Engine:
@@ -126,7 +127,14 @@ class Engine:
 
     def create_weights(self, params: PyTree, state: PyTree) -> None:
         """Make the variables, with copies of these values, which may be in boxes."""
-        self.weights = Weights(self.layer, *self.plan(params, state))
+        plan, values = self.plan(params, state)
+        # All of them first, so that an error leaves nothing behind.
+        initials = [leaf.initials(value) for leaf, value in zip(plan.leaves, values, strict=True)]
+        self.fill(plan, initials)
+
+    def fill(self, plan: Plan, initials: list[list[Initial]], make: Make | None = None) -> None:
+        """Make the variables: see `Weights`."""
+        self.weights = Weights(self.layer, plan, initials, make)
         self.track()
 
     def track(self) -> None:

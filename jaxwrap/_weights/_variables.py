@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,9 @@ from jaxwrap._bridge import get_bridge
 from jaxwrap._typing import Array
 from jaxwrap._weights._axes import Axes
 from jaxwrap._weights._devices import layout_of, sharding_of
+
+# Returns arrays with these shardings.
+Make = Callable[[Sequence[Any]], Iterable[Array]]
 
 
 class Initial(NamedTuple):
@@ -39,7 +42,10 @@ class Initial(NamedTuple):
 
 
 def create_variables(
-    owner: Any, initials: Sequence[Initial], outer: Sequence[str] = ()
+    owner: Any,
+    initials: Sequence[Initial],
+    outer: Sequence[str] = (),
+    make: Make | None = None,
 ) -> list[keras.Variable]:
     """Create variables that are named by paths below their owner, with copies of values.
 
@@ -47,6 +53,8 @@ def create_variables(
         owner: Its name begins the paths.
         initials: The variables.
         outer: Names above the owner, which the scopes of its first variables had.
+        make: Makes the values with the shardings of JAX that it gets. They are not copied. `initials` then have
+            structs in the place of values.
     """
     variables = []
     # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
@@ -54,9 +62,10 @@ def create_variables(
         for scope in outer:
             above.enter_context(keras.name_scope(scope))
         above.enter_context(keras.name_scope(owner.name, caller=owner))
-        values = [array_of(initial.value) for initial in initials]
+        values = [one.value if make else array_of(one.value) for one in initials]
         layouts = _layouts(owner, initials, values)
-        copies = get_bridge().copies(values, list(map(sharding_of, layouts)))
+        shardings = list(map(sharding_of, layouts))
+        copies = iter(make(shardings)) if make else get_bridge().copies(values, shardings)
         pairs = zip(initials, layouts, strict=True)
         for scopes, together in itertools.groupby(pairs, lambda pair: pair[0].path[:-1]):
             with contextlib.ExitStack() as stack:
@@ -67,6 +76,11 @@ def create_variables(
                     _create(initial, next(copies), layout) for initial, layout in together
                 ]
     return variables
+
+
+def is_divided() -> bool:
+    """Whether variables that are made now are divided over devices."""
+    return get_bridge().shards and keras.distribution.distribution() is not None
 
 
 def _layouts(owner: Any, initials: Sequence[Initial], values: Sequence[Any]) -> list[Any]:

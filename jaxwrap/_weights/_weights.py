@@ -17,13 +17,13 @@ from jaxwrap._pytree import Structure, is_leaf_array, key_name, partition
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._axes import check_rank, names_of_axes
 from jaxwrap._weights._leaf import Leaf
-from jaxwrap._weights._leaves import Leaves, fill
+from jaxwrap._weights._leaves import Leaves, fill, fill_with
 from jaxwrap._weights._names import unique_names
 from jaxwrap._weights._patterns import match
 from jaxwrap._weights._reparametrization import Tied
 from jaxwrap._weights._rules import Rule, Rules
 from jaxwrap._weights._table import WeightRow, WeightTable
-from jaxwrap._weights._variables import assign
+from jaxwrap._weights._variables import Initial, Make, assign
 
 Join = Callable[[PyTree, PyTree], PyTree]
 
@@ -117,13 +117,20 @@ class Weights:
         leaves: All leaves, in the order of the variables.
     """
 
-    def __init__(self, owner: Any, plan: Plan, values: Sequence[Any]):
-        """Make the variables, once it is sure that all of them can be made.
+    def __init__(
+        self,
+        owner: Any,
+        plan: Plan,
+        initials: Sequence[Sequence[Initial]],
+        make: Make | None = None,
+    ):
+        """Make the variables.
 
         Args:
             owner: Its name begins the paths of the variables, and it must still track them.
-            plan: What to make.
-            values: The initial values of the leaves, which are copied.
+            plan: The weights.
+            initials: The variables of each leaf.
+            make: See `create_variables`.
 
         Raises:
             ValueError: If a rule has the layout of a leaf of another rank, or one that does not fit the mesh.
@@ -131,12 +138,10 @@ class Weights:
         for leaf in plan.leaves:
             if leaf.rule.layout is not None:
                 check_rank(leaf.path, leaf.shape, leaf.rule.layout)
-        self.leaves, self._rules, count = plan.leaves, plan.rules, plan.count
-        split = (self.leaves[:count], values[:count]), (self.leaves[count:], values[count:])
-        self.params, self.state = (
-            Leaves.create(owner, structure, leaves, part)
-            for structure, (leaves, part) in zip(plan.structures, split, strict=True)
-        )
+        fill_with(owner, plan.leaves, initials, make=make)
+        self.leaves, self._rules = plan.leaves, plan.rules
+        split = self.leaves[: plan.count], self.leaves[plan.count :]
+        self.params, self.state = map(Leaves, plan.structures, split)
         for leaf in self.leaves:
             leaf.obey(leaf.rule)
 
