@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 
 import jax
+from jax.core import eval_context
 
 # They need a tracer to be made, so Keras, which makes errors again from their messages, cannot raise them.
 _ERRORS = (
@@ -46,7 +47,7 @@ class TracedValueError(TypeError):
 def outside_traces() -> contextlib.AbstractContextManager[None]:
     """Compute eagerly in this scope, even while JAX traces around it."""
     # Not `ensure_compile_time_eval`, which holds inside the traces of `jit` and `shard_map` in this scope too.
-    return jax.core.eval_context()
+    return eval_context()
 
 
 @contextlib.contextmanager

@@ -292,6 +292,133 @@ def test_rules_with_layouts_are_saved_and_listed():
     assert "layout" not in str(layer.weight_table())
 
 
+# Reports.
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("built", [True, False])
+def test_a_report_counts_what_the_formulae_say(built):
+    """A layer with rows of one kernel and columns of the other on four devices, and a batch on two."""
+
+    class MLP(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            up = nn.Dense(32, use_bias=False, name="up")(inputs)
+            return nn.Dense(16, use_bias=False, name="down")(nn.relu(up))
+
+    rules = {
+        "params/up/.*": Rule(layout=(None, "model")),
+        "params/down/.*": Rule(layout=("model", None)),
+    }
+    layer = FlaxLayer(MLP(), rules=rules, name="mlp")
+    if built:
+        layer.build((None, 8))
+    report = layer.shard_report({"batch": 2, "model": 4}, (6, 8))
+    assert [row.bytes for row in report.rows] == [32 * 16 * 4, 8 * 32 * 4]
+    assert report.bytes_per_device == report.bytes / 4 == (8 * 32 + 32 * 16)
+    assert report.flops == 2 * 6 * (8 * 32 + 32 * 16)
+    assert report.flops_per_device == report.flops / 8
+    assert report.gathered == 0
+    # A gradient of each weight over 2 devices; sums over 4 of the output, and of the gradient of the input.
+    assert report.gradients == 2 * (1 / 2) * report.bytes_per_device
+    assert report.partial_sums == 2 * (3 / 4) * (6 / 2) * (16 + 8) * 4
+    lines = str(report).splitlines()
+    assert "mesh: batch=2, model=4 (8 devices); inputs: (6, 8)" in lines
+    assert layer.built is built
+
+
+def test_a_report_gathers_weights_that_the_data_axes_divide():
+    rules = {".*/kernel": Rule(layout=("fsdp", None))}
+    layer = FlaxLayer(nn.Dense(32, use_bias=False), rules=rules, name="dense")
+    axes = (("batch", ("data", "fsdp")),)
+    report = layer.shard_report(
+        jax.sharding.AbstractMesh((2, 4), ("data", "fsdp")), (None, 8), axes
+    )
+    size = 8 * 32 * 4
+    assert (report.bytes, report.bytes_per_device) == (size, size / 4)
+    assert report.batch == (8, 8)
+    assert report.flops_per_device == 2 * 8 * 32
+    assert report.gathered == 2 * (3 / 4) * size
+    assert report.gradients == (3 / 4) * size + 2 * (1 / 2) * size / 4
+    assert report.partial_sums == 0
+    layer.trainable = False
+    report = layer.shard_report(mesh(2, 4, names=("data", "fsdp")), (None, 8), axes)
+    assert (report.gathered, report.gradients) == ((3 / 4) * size, 0)
+
+
+class Attention(nn.Module):
+    """A block of a transformer, in a scan."""
+
+    @nn.compact
+    def __call__(self, hidden, _):
+        def dense(features, names, name):
+            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
+            return nn.Dense(features, use_bias=False, kernel_init=init, name=name)
+
+        width = hidden.shape[-1]
+        parts = [dense(width, ("embed", "heads"), name)(hidden) for name in "qkv"]
+        heads = [part.reshape(*part.shape[:-1], 8, width // 8) for part in parts]
+        mixed = jax.nn.dot_product_attention(*heads).reshape(hidden.shape)
+        hidden += dense(width, ("heads", "embed"), "o")(nn.Dropout(0.1, deterministic=False)(mixed))
+        up = nn.silu(dense(4 * width, ("embed", "mlp"), "up")(hidden))
+        return hidden + dense(width, ("mlp", "embed"), "down")(up), None
+
+
+class Transformer(nn.Module):
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        init = nn.with_logical_partitioning(nn.initializers.normal(), ("vocab", "embed"))
+        embed = nn.Embed(1024, self.width, embedding_init=init, name="embed")
+        blocks = nn.scan(
+            Attention,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        hidden, _ = blocks(name="blocks")(embed(tokens), None)
+        return embed.attend(hidden)
+
+
+def test_a_report_plans_more_than_this_machine_holds():
+    """A transformer of 81 billion parameters on 256 devices: operations divide evenly, products of heads included."""
+    layer = FlaxLayer(Transformer(8192, 100), name="large")
+    meanings = [("embed", "data"), ("vocab", "model"), ("heads", "model"), ("mlp", "model")]
+    tokens = keras.KerasTensor((64, 128), "int32")
+    report = layer.shard_report(
+        {"data": 32, "model": 8}, tokens, [*meanings, ("layers", None), ("batch", "data")]
+    )
+    weights = 100 * (4 + 8) * 8192**2
+    assert report.bytes == 4 * (weights + 1024 * 8192)
+    assert report.bytes_per_device == report.bytes / 256
+    attention = 100 * 2 * 2 * 64 * 128 * 128 * 8192
+    assert report.flops == 2 * 64 * 128 * (weights + 1024 * 8192) + attention
+    assert report.flops_per_device == report.flops / 256
+
+
+def test_a_report_counts_convolutions():
+    class Cnn(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            return nn.Conv(12, (3, 3), use_bias=False)(images).mean((1, 2))
+
+    layer = FlaxLayer(Cnn(), rules={".*/kernel": Rule(layout=(None, None, None, "model"))})
+    report = layer.shard_report({"batch": 2, "model": 4}, (4, 8, 8, 3))
+    assert report.flops == 2 * (4 * 8 * 8) * (3 * 3 * 3 * 12)
+    assert report.flops_per_device == report.flops / 8
+
+
+def test_a_report_says_what_it_needs():
+    layer = FlaxLayer(nn.Dense(8), name="dense")
+    with pytest.raises(TypeError, match="a dict of the sizes of its axes; received 8"):
+        layer.shard_report(8, (None, 3))
+    with pytest.raises(ValueError, match=r"dense.*has not been built.*Pass `input_shape`"):
+        layer.shard_report({"batch": 8})
+
+
 # On eight virtual devices, in a process of their own.
 
 SCRIPT = pathlib.Path(__file__).parent / "helpers" / "sharding_script.py"
@@ -308,6 +435,7 @@ CHECKS = [
     "a collective in init works in traces too",
     "a divided layer is built inside a trace",
     "values of a trace cannot be initial values",
+    "a report agrees with what is compiled",
 ]
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import keras
 
 from jaxwrap._layer._building import trace_init
+from jaxwrap._pytree import Structure
 from jaxwrap._specs import Spec, is_shape
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._axes import Axes, Meanings, is_spread, of_part, on_mesh
 from jaxwrap._weights._devices import Layout, mesh_sizes
+from jaxwrap._weights._leaf import Leaf
+from jaxwrap._weights._variables import Initial
 
 if TYPE_CHECKING:
     from jaxwrap._layer._engine import Engine
@@ -38,71 +41,109 @@ class Divided(NamedTuple):
     axes: Axes
 
 
+class Placement(NamedTuple):
+    """The weights of a layer on a mesh.
+
+    Attributes:
+        structures: The structures of the parameters and the state.
+        leaves: Each leaf, its axes on the mesh, and its variables.
+        specs: The inputs, or None if nobody asked for them.
+    """
+
+    structures: tuple[Structure, Structure]
+    leaves: list[tuple[Leaf, Axes, list[Divided]]]
+    specs: dict[str, PyTree] | None
+
+    def variables(self) -> list[Divided]:
+        """Return all variables."""
+        return [one for _, _, own in self.leaves for one in own]
+
+
 def layout_map(engine: Engine, mesh: Any, input_shape: Any, meanings: Any) -> Any:
-    """Return the `keras.distribution.LayoutMap` of a layer. The other arguments are those of `divided`."""
+    """Return the `keras.distribution.LayoutMap` of a layer. The other arguments are those of `placement`."""
     if not isinstance(mesh, keras.distribution.DeviceMesh):
         raise TypeError(
             "`device_mesh` must be a `keras.distribution.DeviceMesh`, as a LayoutMap holds it; received "
             f"{mesh!r}."
         )
     layouts = keras.distribution.LayoutMap(mesh)
-    for one in divided(engine, mesh_sizes(mesh), input_shape, meanings):
+    placed = placement(engine, mesh_sizes(mesh), input_shape, checked(meanings))
+    for one in placed.variables():
         if is_spread(one.axes):
             layouts[re.escape(one.path)] = Layout(one.axes, mesh)
     return layouts
 
 
-def divided(
-    engine: Engine, sizes: Mapping[str, int], input_shape: Any, meanings: Any
-) -> list[Divided]:
-    """Return how a mesh divides each variable of a layer.
+def placement(
+    engine: Engine,
+    sizes: Mapping[str, int],
+    input_shape: Any,
+    meanings: Meanings,
+    with_inputs: bool = False,
+) -> Placement:
+    """Return how a mesh divides the weights of a layer.
 
     Args:
         engine: The layer.
         sizes: The sizes of the axes of the mesh.
         input_shape: See `input_specs`.
-        meanings: Pairs of a name that the model has for an axis, and None, an axis of the mesh or several.
+        meanings: The result of `checked`.
+        with_inputs: Whether to describe the inputs too.
 
     Raises:
         ValueError: If the layer is not built and there is no shape, or a layout does not fit its leaf or the mesh.
     """
-    meanings = _checked(meanings)
-    found = []
     weights = engine.weights
+    specs = input_specs(engine, input_shape) if with_inputs or weights is None else None
+    described: list[tuple[Leaf, list[Divided]]]
     if weights is not None:
+        structures = weights.params.structure, weights.state.structure
         names = {leaf.path: leaf.axes for leaf in weights.leaves}
         if engine.has_values and not any(names.values()):
             names = _names_of_init(engine, input_shape)
         described = [
-            (leaf, [(v.path, tuple(v.shape), v.dtype, v.trainable) for v in leaf.variables])
+            (
+                leaf,
+                [Divided(v.path, tuple(v.shape), v.dtype, v.trainable, ()) for v in leaf.variables],
+            )
             for leaf in weights.leaves
         ]
     else:
-        traced = trace_init(engine, input_specs(engine, input_shape))
+        assert specs is not None
+        traced = trace_init(engine, specs)
+        structures = traced.plan.structures
         names = {leaf.path: leaf.axes for leaf in traced.leaves}
-        name = engine.layer.name
         described = [
-            (
-                leaf,
-                [("/".join([name, *i.path]), i.value.shape, i.dtype, i.trainable) for i in part],
-            )
+            (leaf, [_divided(engine, leaf, one) for one in part])
             for leaf, part in zip(traced.leaves, traced.initials, strict=True)
         ]
+    found = []
     for leaf, variables in described:
         # The names of a rule are axes of the mesh, and it counts more than the model.
         ruled = leaf.rule.layout is not None
         own = leaf.rule.layout if ruled else names.get(leaf.path) or (None,) * len(leaf.shape)
         path = f"{engine.layer.name}/{leaf.path}"
         axes = on_mesh(path, leaf.shape, own, () if ruled else meanings, sizes)
-        for path, shape, dtype, trainable in variables:
-            found.append(Divided(path, shape, dtype, trainable, of_part(axes, leaf.shape, shape)))
-    return found
+        of_parts = [one._replace(axes=of_part(axes, leaf.shape, one.shape)) for one in variables]
+        found.append((leaf, axes, of_parts))
+    return Placement(structures, found, specs)
 
 
-def _checked(meanings: Any) -> Meanings:
+def _divided(engine: Engine, leaf: Leaf, one: Initial) -> Divided:
+    trainable = one.trainable and leaf.rule.trainable is not False and engine.layer.trainable
+    path = "/".join([engine.layer.name, *one.path])
+    return Divided(path, one.value.shape, one.dtype, trainable, ())
+
+
+def checked(meanings: Any) -> list[tuple[str, Any]]:
+    """Return what names of axes mean as a list of pairs.
+
+    Raises:
+        TypeError: If they are not pairs of a name, and None, an axis of the mesh or several.
+    """
     pairs = list(meanings.items() if isinstance(meanings, Mapping) else meanings)
     for pair in pairs:
-        if not (isinstance(pair, Iterable) and len(pair := tuple(pair)) == 2) or not (
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2) or not (
             isinstance(pair[0], str) and isinstance(pair[1], (str, tuple, list, type(None)))
         ):
             raise TypeError(

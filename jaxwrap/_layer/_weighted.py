@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from jaxwrap._errors import door
-from jaxwrap._layer import _rebuild, _sharding
+from jaxwrap._layer import _rebuild, _shard_report, _sharding
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Reparametrization
 from jaxwrap._weights._table import WeightTable
@@ -125,6 +125,47 @@ class Weighted:
             [('dense/params/kernel', (None, 'model'))]
         """
         return _sharding.layout_map(self._engine, device_mesh, input_shape, axes)
+
+    @door
+    def shard_report(
+        self, device_mesh: Any, input_shape: Any = None, axes: Any = AXES
+    ) -> _shard_report.ShardReport:
+        """Return what the layer costs on a mesh: bytes, operations, and what devices send. Nothing is allocated.
+
+        Layouts are those of `layout_map`. The axes of the mesh that "batch" means in `axes` divide the batch, or else
+        its first axis. With `n` devices along the axes in question, a device
+
+        - holds the bytes of a weight, divided by the sizes of all axes of its layout.
+        - computes `2 * outputs * inputs` operations for each product of matrices or convolution of a forward pass,
+          divided by the sizes of the axes that divide its factors. A loop counts as often as it runs. Operations
+          other than products do not count.
+        - sends `2 (n - 1) / n` of the bytes of a gradient to add it up over the data axes. Where a data axis divides
+          the weight itself, `(n - 1) / n` of the bytes of the gathered weight for its gradient, and twice for the
+          weight, in the forward pass and the backward pass.
+        - sends `2 (n - 1) / n` of the bytes of a result, or of the gradient of a factor, that is a sum over an axis
+          which other axes divide.
+
+        These are estimates: a compiler may join or avoid some of it. Optimizers, activations and the parts of
+        reparametrized leaves, which are computed from them, do not count as operations or memory.
+
+        Args:
+            device_mesh: A mesh of Keras or JAX, abstract ones too, or a dict of the sizes of its axes.
+            input_shape: See `layout_map`. An unknown batch is one example for each of its parts, another unknown
+                size is 1.
+            axes: See `layout_map`.
+
+        Raises:
+            ValueError: See `layout_map`.
+
+        Example:
+            >>> import flax.linen as nn, jaxwrap
+            >>> rules = {".*/kernel": jaxwrap.Rule(layout=(None, "model"))}
+            >>> layer = jaxwrap.FlaxLayer(nn.Dense(1024), rules=rules, name="dense")
+            >>> report = layer.shard_report({"batch": 2, "model": 4}, (64, 512))
+            >>> report.bytes_per_device, report.flops_per_device
+            (528384, 8388608.0)
+        """
+        return _shard_report.shard_report(self._engine, device_mesh, input_shape, axes)
 
     @door
     def get_variables(self, merged: bool = True) -> PyTree:

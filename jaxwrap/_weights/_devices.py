@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import keras
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jaxwrap._weights._axes import Axes, on_mesh
@@ -78,7 +79,7 @@ def layout_of(
 
 def is_spread_out(array: jax.Array) -> bool:
     """Whether an array lies on several devices."""
-    return not isinstance(array, jax.core.Tracer) and len(array.sharding.device_set) > 1
+    return not isinstance(array, Tracer) and len(array.sharding.device_set) > 1
 
 
 def sharding_of(layout: Any) -> Any:

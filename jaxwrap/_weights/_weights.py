@@ -59,13 +59,13 @@ class Plan(NamedTuple):
     Attributes:
         structures: The structures of `params` and `state`.
         leaves: The leaves of both, params first.
-        count: The number of leaves of the params.
+        params_count: The number of leaves of the params.
         rules: The rules for leaves. `freeze` adds to them.
     """
 
     structures: tuple[Structure, Structure]
     leaves: list[Leaf]
-    count: int
+    params_count: int
     rules: Rules
 
     @classmethod
@@ -140,7 +140,7 @@ class Weights:
                 check_rank(leaf.path, leaf.shape, leaf.rule.layout)
         fill_with(owner, plan.leaves, initials, make=make)
         self.leaves, self._rules = plan.leaves, plan.rules
-        split = self.leaves[: plan.count], self.leaves[plan.count :]
+        split = self.leaves[: plan.params_count], self.leaves[plan.params_count :]
         self.params, self.state = map(Leaves, plan.structures, split)
         for leaf in self.leaves:
             leaf.obey(leaf.rule)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import traceback
@@ -324,6 +325,55 @@ def values_of_a_trace_cannot_be_initial_values():
 
         with scope(), pytest.raises(ValueError, match=r"built inside a JAX trace.*Build it before"):
             jax.jit(call)(x(2, 1))
+
+
+# Reports.
+
+
+class Columns(nn.Module):
+    """Columns of one kernel and rows of the other are on different devices."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        def kernel(*names):
+            return nn.with_partitioning(nn.initializers.lecun_normal(), names)
+
+        up = nn.Dense(64, use_bias=False, kernel_init=kernel(None, "model"), name="up")(inputs)
+        return nn.Dense(16, use_bias=False, kernel_init=kernel("model", None), name="down")(up)
+
+
+@check
+def a_report_agrees_with_what_is_compiled():
+    layer = FlaxLayer(Columns(), name="columns", seed=0)
+    report = layer.shard_report(MESH, (8, 32))
+    with ModelParallel(layout_map=layer.layout_map(MESH, (8, 32))).scope():
+        layer.build((8, 32))
+    assert report.bytes_per_device == shards_of(layer), report
+    params = {name: part["kernel"].value for name, part in layer.params["params"].items()}
+    rows = NamedSharding(MESH.backend_mesh, P("batch", None))
+    inputs = jax.device_put(x(8, 32), rows)
+
+    layouts = {name: value.sharding for name, value in params.items()}
+    forward = jax.jit(lambda params, x: x @ params["up"] @ params["down"], out_shardings=rows)
+    flops = forward.lower(params, inputs).compile().cost_analysis()["flops"]
+    assert report.flops_per_device <= flops <= 1.1 * report.flops_per_device, (flops, report)
+
+    def step(params, inputs):
+        outputs, backward = jax.vjp(lambda p, x: x @ p["up"] @ p["down"], params, inputs)
+        return outputs, backward(outputs)
+
+    step = jax.jit(step, out_shardings=(rows, (layouts, rows)))
+    text = step.lower(params, inputs).compile().as_text()
+    sent = 0
+    for line in text.splitlines():
+        if found := re.search(r"= (.*) all-reduce\(.*replica_groups=(\S+)", line):
+            sizes = re.findall(r"f32\[([\d,]+)\]", found[1])
+            # Either {{0,1,2,3},...} or [groups,size]<=...
+            group = re.match(r"\{\{([\d,]+)\}|\[\d+,(\d+)\]", found[2])
+            count = len(group[1].split(",")) if group[1] else int(group[2])
+            numbers = sum(np.prod([int(n) for n in size.split(",")]) for size in sizes)
+            sent += 2 * (count - 1) / count * 4 * numbers
+    assert sent == report.gradients + report.partial_sums, (sent, report, text)
 
 
 def run(function):
