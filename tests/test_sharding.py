@@ -428,6 +428,8 @@ CHECKS = [
     "a map of the layer holds where a model builds it",
     "a rule for an axis that the mesh lacks raises",
     "parts are divided as their leaf",
+    "parts that come later are divided as their leaf was",
+    "a saved model comes back divided",
     "initial values are made in their places",
     "initial values are those of one device",
     "given values go to their places and stay the user s",

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import keras
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxwrap._weights._axes import Axes, on_mesh
+from jaxwrap._weights._axes import Axes, is_spread, of_part, on_mesh
 
 
 class Layout(keras.distribution.TensorLayout):
@@ -40,12 +40,18 @@ def mesh_sizes(mesh: Any) -> dict[str, int]:
 
 
 def layout_of(
-    path: str, short: str, shape: tuple[int, ...], dtype: str, axes: Axes | None, value: Any
+    path: str,
+    short: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    axes: Axes | None,
+    value: Any,
+    held: Any,
 ) -> Any:
     """Return the layout of a variable to make: a layout of Keras, a sharding of JAX, or None.
 
-    The rule for it counts first, then an entry of the `LayoutMap`, then the sharding of a value that lies on several
-    devices, and then what the distribution has for all other variables.
+    In this order: the rule for it, the layout that the leaf had before, an entry of the `LayoutMap`, the sharding of a
+    value that lies on several devices, and what the distribution has for all other variables.
 
     Args:
         path: The whole path of the variable.
@@ -54,6 +60,7 @@ def layout_of(
         dtype: Its dtype.
         axes: The layout that a rule sets, or None.
         value: The first value.
+        held: The layout that the leaf had before its parts were other ones, or None.
 
     Raises:
         ValueError: If a layout does not fit the shape, or the mesh of the distribution.
@@ -61,10 +68,12 @@ def layout_of(
     distribution = keras.distribution.distribution()
     given = value.sharding if isinstance(value, jax.Array) and is_spread_out(value) else None
     if distribution is None:
-        return given if isinstance(given, NamedSharding) else None
+        return held or (given if isinstance(given, NamedSharding) else None)
     mesh = distribution.device_mesh
     if axes is not None:
         return Layout(on_mesh(path, shape, axes, (), mesh_sizes(mesh)), mesh)
+    if is_spread(axes_of(held)):
+        return held
     if isinstance(distribution, keras.distribution.ModelParallel):
         # A model puts its name in front of the path, if it builds the layer. The map of the layer does not know it.
         for known in (path, short):
@@ -75,6 +84,16 @@ def layout_of(
     stand_in = types.SimpleNamespace(path=path, shape=shape, dtype=dtype, _layout=None)
     stand_in.name = path.rpartition("/")[2]
     return distribution.get_variable_layout(stand_in)
+
+
+def layout_like(layout: Any, shape: tuple[int, ...], part: tuple[int, ...]) -> Any:
+    """Return the layout of a part of a leaf, from that of the leaf, or None for a layout of another kind."""
+    axes = axes_of(layout)
+    own = of_part((*axes, *(None,) * (len(shape) - len(axes))), shape, part)
+    if isinstance(layout, NamedSharding):
+        return NamedSharding(layout.mesh, PartitionSpec(*own))
+    is_layout = isinstance(layout, keras.distribution.TensorLayout)
+    return Layout(own, layout.device_mesh) if is_layout else None
 
 
 def is_spread_out(array: jax.Array) -> bool:

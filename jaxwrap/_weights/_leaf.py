@@ -18,7 +18,7 @@ from jaxwrap._dtypes import can_hold, inexact, kind
 from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array
 from jaxwrap._weights._axes import Axes, is_spread, of_part
-from jaxwrap._weights._devices import axes_of
+from jaxwrap._weights._devices import axes_of, layout_like
 from jaxwrap._weights._reparametrization import Layout, RealImaginary, Reparametrization
 from jaxwrap._weights._rules import Rule
 from jaxwrap._weights._variables import Initial, array_of, assign, dtype_of, key_impl, to_host
@@ -46,6 +46,7 @@ class Leaf:
         rule: The settings of all rules for it.
         seed: The seed of the key of its parts.
         axes: The names of its axes, as the library has them, if it has any.
+        held: The layout of the variables that it had before it was made again.
         layout: Its parts, once they have been made. None for one variable.
         variables: The variables, once they have been made.
     """
@@ -60,6 +61,7 @@ class Leaf:
     rule: Rule = dataclasses.field(default_factory=Rule)
     seed: int = 0
     axes: Axes | None = None
+    held: Any = None
     layout: Layout | None = None
     variables: tuple[keras.Variable, ...] = ()
 
@@ -106,7 +108,8 @@ class Leaf:
         """
         if self.form is None:
             path = tuple(self.path.split("/"))
-            return [Initial(path, value, self.stored, self.can_train, self.rule.layout)]
+            held = layout_like(self.held, self.shape, self.shape)
+            return [Initial(path, value, self.stored, self.can_train, self.rule.layout, held)]
         for field in ("regularizer", "constraint"):
             if getattr(self.rule, field) is not None:
                 raise ValueError(
@@ -119,13 +122,25 @@ class Leaf:
             self.layout, arrays = Layout.make(self.form, array, self._key())
         parts = zip(self.names, arrays, self._trains(arrays), strict=True)
         return [
-            Initial(tuple(name.split("/")), array, str(array.dtype), trains, self._divided(array))
+            Initial(
+                tuple(name.split("/")),
+                array,
+                str(array.dtype),
+                trains,
+                self._divided(array),
+                layout_like(self.held, self.shape, tuple(array.shape)),
+            )
             for name, array, trains in parts
         ]
 
     def _divided(self, part: Any) -> Axes | None:
         """Return the layout of a part, if a rule sets one for the leaf."""
         return self.rule.layout and of_part(self.rule.layout, self.shape, tuple(part.shape))
+
+    def place(self) -> Any:
+        """Return the layout of its variable, or of the part that is as large as the leaf. None without one."""
+        layouts = [getattr(v, "_layout", None) for v in self.variables if v.shape == self.shape]
+        return next(iter(layouts), None)
 
     def divided(self, variable: keras.Variable) -> Axes | None:
         """Return what each axis of one of the variables is divided by: see `WeightRow`."""

@@ -32,6 +32,7 @@ class Initial(NamedTuple):
         dtype: The dtype.
         trainable: Whether it can be trained.
         axes: Its layout, if a rule sets one.
+        held: See `layout_of`.
     """
 
     path: tuple[str, ...]
@@ -39,6 +40,7 @@ class Initial(NamedTuple):
     dtype: str
     trainable: bool
     axes: Axes | None = None
+    held: Any = None
 
 
 def create_variables(
@@ -96,6 +98,7 @@ def _layouts(owner: Any, initials: Sequence[Initial], values: Sequence[Any]) -> 
             one.dtype,
             one.axes,
             value,
+            one.held,
         )
         for one, value in zip(initials, values, strict=True)
     ]

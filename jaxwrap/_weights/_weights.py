@@ -204,7 +204,7 @@ class Weights:
                     changed.add(place)
                     leaf = leaves[place]
                     leaves[place] = dataclasses.replace(
-                        leaf, rule=leaf.rule.then(rule), layout=None
+                        leaf, rule=leaf.rule.then(rule), layout=None, held=leaf.place()
                     )
         _check_tied([*leaves, *self.state.leaves])
         order = sorted(changed)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import traceback
 
@@ -129,6 +130,38 @@ def parts_are_divided_as_their_leaf():
     assert found["base/scale"] == (None, "model"), found
     assert found["a"][:1] == ("batch",), found
     assert found["b"] == (None, "model"), found
+
+
+@check
+def parts_that_come_later_are_divided_as_their_leaf_was():
+    layer = FlaxLayer(nn.Dense(8), name="d")
+    layouts = LayoutMap(MESH)
+    layouts["d/params/kernel"] = ("batch", "model")
+    given = jax.device_put(x(4, 8), NamedSharding(Mesh(jax.devices(), ("d",)), P(None, "d")))
+    spread = JaxLayer(lambda params, inputs: inputs @ params, params=given, name="s")
+    with ModelParallel(layout_map=layouts).scope():
+        layer.build((None, 4))
+        layer.reparametrize(".*/kernel", reparametrizations.LoRA(2, base=reparametrizations.Int8()))
+        found = {v.name: spec(v) for v in layer.weights}
+        assert (found["values"], found["b"]) == (("batch", "model"), (None, "model")), found
+        layer.merge()
+    assert spec(layer.params["params"]["kernel"]) == ("batch", "model")
+    spread.build((None, 4))
+    spread.quantize("int8")
+    assert spec(spread.params["values"]) == (None, "d")
+
+
+@check
+def a_saved_model_comes_back_divided():
+    layer = FlaxLayer(nn.Dense(8), rules={".*/kernel": Rule(layout=(None, "model"))}, name="d")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/model.keras")
+        with ModelParallel(layout_map=LayoutMap(MESH)).scope():
+            again = keras.models.load_model(f"{folder}/model.keras")
+            outputs = again.predict(x(8, 4), verbose=0)
+    assert spec(again.layers[-1].params["params"]["kernel"]) == (None, "model")
+    np.testing.assert_allclose(outputs, model.predict(x(8, 4), verbose=0), 1e-5, 1e-6)
 
 
 # Building.
