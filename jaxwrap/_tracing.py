@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 
 import jax
+from jax.core import eval_context
 
 # They need a tracer to be made, so Keras, which makes errors again from their messages, cannot raise them.
 _ERRORS = (
@@ -41,6 +42,12 @@ _ARGUMENT = re.compile(r"\b\w+(?:\[\d+\])+")
 
 class TracedValueError(TypeError):
     """Python code needs the value of a traced array."""
+
+
+def outside_traces() -> contextlib.AbstractContextManager[None]:
+    """Compute eagerly in this scope, even while JAX traces around it."""
+    # Not `ensure_compile_time_eval`, which holds inside the traces of `jit` and `shard_map` in this scope too.
+    return eval_context()
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ def test_weight_table():
     assert {row.path for row in table} == paths(layer.weights)
     assert {row.path for row in table if row.trainable} == paths(layer.trainable_variables)
     rows = {row.path: row for row in table}
-    assert rows["cnn/params/Conv_0/kernel"][1:] == ((3, 3, 2, 4), "float32", True, 72)
+    assert rows["cnn/params/Conv_0/kernel"][1:] == ((3, 3, 2, 4), "float32", True, 72, None)
     lines = [line.split() for line in str(table).splitlines()]
     assert ["cnn/params/Conv_0/kernel", "(3,", "3,", "2,", "4)", "float32", "yes", "72"] in lines
     assert str(sum(row.size for row in table)) in str(table).splitlines()[-1]

@@ -27,9 +27,11 @@ class Bridge(abc.ABC):
 
     Attributes:
         name: The name of the Keras backend.
+        shards: Whether Keras divides variables over devices.
     """
 
     name: ClassVar[str]
+    shards: ClassVar[bool] = False
 
     def is_tensor(self, leaf: Any) -> bool:
         """Whether the functions of `wrap` take `leaf`: a tensor, or a JAX or NumPy array."""
@@ -54,10 +56,16 @@ class Bridge(abc.ABC):
         return fn
 
     @abc.abstractmethod
-    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+    def copies(
+        self, arrays: Sequence[Array | np.ndarray], shardings: Sequence[Any]
+    ) -> Iterator[Any]:
         """Yield a copy of each array, which Keras makes the value of a variable without another copy.
 
         Where Keras always copies, drop each before asking for the next, so that memory holds one of them at a time.
+
+        Args:
+            arrays: The arrays.
+            shardings: For each the sharding of JAX that its copy gets, or None. All None unless `shards`.
         """
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> bool:

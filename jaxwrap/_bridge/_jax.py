@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from jaxwrap._bridge._base import Bridge, BridgedFunction
 from jaxwrap._bridge._memory import host_copies
+from jaxwrap._tracing import outside_traces
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
 
 
@@ -19,6 +20,7 @@ class JaxBridge(Bridge):
     """The bridge of JAX, which jits eager calls and stays out of traces."""
 
     name = "jax"
+    shards = True
 
     def is_concrete(self, leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
@@ -28,17 +30,30 @@ class JaxBridge(Bridge):
             return tuple(tensor.shape), str(tensor.dtype)
         return super().spec(tensor)
 
-    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
-        # One call for all copies is several times faster. Arrays that the user has put on a device go through the host.
-        anywhere = list(map(_is_anywhere, arrays))
-        # Keras may build a layer inside a trace, and a variable must not hold a tracer. `fit` donates the buffers of
-        # variables: without `may_alias=False` the arrays of the user would be deleted.
-        with jax.ensure_compile_time_eval():
+    def copies(
+        self, arrays: Sequence[Array | np.ndarray], shardings: Sequence[Any]
+    ) -> Iterator[Any]:
+        pairs = list(zip(arrays, shardings, strict=True))
+        # Keras may build a layer inside a trace, and a variable must not hold a tracer. One call for all copies is
+        # several times faster. `fit` donates the buffers of variables: without `may_alias=False` the arrays of the
+        # user would be deleted.
+        with outside_traces():
             copied = iter(
-                jax.device_put(list(itertools.compress(arrays, anywhere)), may_alias=False)
+                jax.device_put(
+                    [array for array, to in pairs if to is None and _is_anywhere(array)],
+                    may_alias=False,
+                )
             )
-        for array, is_anywhere in zip(arrays, anywhere, strict=True):
-            yield next(copied) if is_anywhere else next(host_copies([array]))
+        for array, to in pairs:
+            if to is not None:
+                with outside_traces():
+                    copy = _spread_copy(array, to)
+                yield copy
+            elif _is_anywhere(array):
+                yield next(copied)
+            else:
+                # Arrays that the user has put on a device go through the host.
+                yield next(host_copies([array]))
 
     def agreed(self, tensors: Sequence[Tensor], mean: bool) -> Sequence[Tensor] | None:
         # Arrays of a distribution span all processes, and have one value.
@@ -64,6 +79,17 @@ class JaxBridge(Bridge):
             return jitted(*tensors)
 
         return call
+
+
+def _spread_copy(array: Array | np.ndarray, sharding: Any) -> Array:
+    """Copy an array to devices, each part straight to its own: the whole may fit on no device."""
+    # `may_alias=False` does not hold for what `device_put` divides: it aliases NumPy's memory, and shards of JAX.
+    if isinstance(array, jax.Array):
+        return jnp.array(jax.device_put(array, sharding), dtype=array.dtype, copy=True)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: np.array(array[index], dtype)
+    )
 
 
 def _is_anywhere(array: Array | np.ndarray) -> bool:

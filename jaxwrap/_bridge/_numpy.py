@@ -22,7 +22,9 @@ class NumpyBridge(Bridge):
     def is_concrete(self, leaf: Any) -> bool:
         return isinstance(leaf, np.ndarray)
 
-    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+    def copies(
+        self, arrays: Sequence[Array | np.ndarray], shardings: Sequence[Any]
+    ) -> Iterator[Any]:
         return host_copies(arrays)
 
     def wrap(

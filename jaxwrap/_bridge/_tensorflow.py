@@ -58,7 +58,9 @@ class TensorFlowBridge(Bridge):
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return tf.autograph.experimental.do_not_convert(fn)
 
-    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+    def copies(
+        self, arrays: Sequence[Array | np.ndarray], shardings: Sequence[Any]
+    ) -> Iterator[Any]:
         return host_copies(arrays)
 
     def lifted(self) -> contextlib.AbstractContextManager[Any]:

@@ -46,7 +46,9 @@ class TorchBridge(Bridge):
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compiler.disable(fn)
 
-    def copies(self, arrays: Sequence[Array | np.ndarray]) -> Iterator[Any]:
+    def copies(
+        self, arrays: Sequence[Array | np.ndarray], shardings: Sequence[Any]
+    ) -> Iterator[Any]:
         for copy in host_copies(arrays):
             # The tensor shares the memory of the copy, which is aligned so that JAX can alias it in its turn.
             yield torch.from_numpy(copy) if copy.dtype.name in NUMPY_DTYPES.values() else copy

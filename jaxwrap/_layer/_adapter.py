@@ -138,6 +138,19 @@ class Adapter(abc.ABC):
         """Return `(params, state)` if the model has its values already, or None if `init` makes them."""
         return None
 
+    def unbox(self, params: PyTree, state: PyTree) -> tuple[tuple[PyTree, PyTree], Any]:
+        """Take the library's own boxes with metadata off the arrays, and return the names of their axes.
+
+        Args:
+            params: The parameters, as `init`, `initial` and `split` return them.
+            state: The state, likewise.
+
+        Returns:
+            `(params, state)` without boxes, as `call` takes them, and the names: None, or two pytrees like those, each
+            with a `jax.sharding.PartitionSpec` for every leaf, or for every leaf below it.
+        """
+        return (params, state), None
+
     def signature(self) -> inspect.Signature | None:
         """Return the arguments that the caller of the layer passes, without the train flag.
 

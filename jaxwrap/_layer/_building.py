@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from jaxwrap._layer._inputs import placeholders
-from jaxwrap._pytree import is_array, partition, path_str
+from jaxwrap._pytree import is_array, partition
 from jaxwrap._serialization import check_size
 from jaxwrap._specs import Spec, partition_specs
-from jaxwrap._typing import PyTree
+from jaxwrap._tracing import outside_traces
+from jaxwrap._typing import Array, PyTree
+from jaxwrap._weights import Plan
+from jaxwrap._weights._leaf import Leaf
+from jaxwrap._weights._variables import Initial, array_of, is_divided
 
 if TYPE_CHECKING:
     from jaxwrap._layer._engine import Engine
@@ -26,23 +32,79 @@ def init_weights(engine: Engine, specs: dict[str, PyTree]) -> None:
     """
     if engine.is_from_file:
         _check_sizes(engine, specs)
-    # Keras may build a layer inside `jax.jit`, and initial values must outlive that trace. It breaks a `shard_map`
-    # with a collective in `init_fn`: build such a layer before.
-    with jax.ensure_compile_time_eval():
-        params, state = engine.init(placeholders(specs))
-    traced = [
-        path_str(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path((params, state))
-        if isinstance(leaf, Tracer)
-    ]
-    if traced:
-        raise ValueError(
-            "the layer is being built inside a JAX trace, and `init_fn` makes values that exist only in that trace "
-            f"({', '.join(traced)}). Build it before: `layer.build(input_shape)`, or call it once outside of "
-            "`jax.jit`."
-        )
-    with jax.ensure_compile_time_eval():
-        engine.create_weights(params, state)
+    # Keras may build a layer inside `jax.jit`, and initial values must outlive that trace.
+    with outside_traces():
+        try:
+            if is_divided():
+                _init_divided(engine, specs)
+            else:
+                params, state = engine.init(placeholders(specs))
+                _check_outlive(jax.tree_util.tree_leaves((params, state)))
+                engine.create_weights(params, state)
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(_ONLY_THERE) from error
+
+
+_ONLY_THERE = (
+    "the layer is being built inside a JAX trace, and `init_fn` makes values that exist only in that trace. Build it "
+    "before: `layer.build(input_shape)`, or call it once outside of `jax.jit`."
+)
+
+
+def _check_outlive(values: Iterable[Any]) -> None:
+    """Raise ValueError for values that exist only in a trace."""
+    if any(isinstance(value, Tracer) for value in values):
+        raise ValueError(_ONLY_THERE)
+
+
+def _init_divided(engine: Engine, specs: dict[str, PyTree]) -> None:
+    """Make the variables in their places on the devices: all in one compiled function, and no array as a whole."""
+    traced, closed = _traced(engine, specs)
+    _check_outlive(closed.consts)
+
+    def make(shardings: Sequence[Any]) -> list[Array]:
+        return jax.jit(jaxpr_as_fun(closed), out_shardings=list(shardings))()
+
+    engine.fill(traced.plan, traced.initials, make)
+
+
+class Traced(NamedTuple):
+    """The variables that a layer will have, from a trace of its `init`.
+
+    Attributes:
+        plan: The weights.
+        initials: For each leaf its variables, with a `jax.ShapeDtypeStruct` in the place of the value.
+    """
+
+    plan: Plan
+    initials: list[list[Initial]]
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The leaves."""
+        return self.plan.leaves
+
+
+def trace_init(engine: Engine, specs: dict[str, PyTree]) -> Traced:
+    """Find out which variables `init` makes, without data. Nothing is allocated."""
+    with engine.lock, outside_traces():
+        return _traced(engine, specs)[0]
+
+
+def _traced(engine: Engine, specs: dict[str, PyTree]) -> tuple[Traced, Any]:
+    """Trace `init`. Return the variables, and the jaxpr that makes their values in order."""
+    noted: list[Any] = []
+
+    def arrays_of() -> list[list[Array]]:
+        plan, values = engine.plan(*engine.init(placeholders(specs)))
+        initials = [leaf.initials(value) for leaf, value in zip(plan.leaves, values, strict=True)]
+        noted.append((plan, initials))
+        return [[jnp.asarray(array_of(one.value), one.dtype) for one in part] for part in initials]
+
+    closed, shapes = jax.make_jaxpr(arrays_of, return_shape=True)()
+    plan, initials = noted[-1]
+    pairs = [zip(part, own, strict=True) for part, own in zip(initials, shapes, strict=True)]
+    return Traced(plan, [[one._replace(value=s) for one, s in part] for part in pairs]), closed
 
 
 def _check_sizes(engine: Engine, specs: dict[str, PyTree]) -> None:

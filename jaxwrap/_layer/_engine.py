@@ -28,8 +28,9 @@ from jaxwrap._layer._shapes import Survey, abstract_result, survey
 from jaxwrap._specs import partition_specs
 from jaxwrap._tracing import explained
 from jaxwrap._typing import PyTree
-from jaxwrap._weights import Dtypes, Rules, Weights
+from jaxwrap._weights import Dtypes, Plan, Rules, Weights
 from jaxwrap._weights._files import load, save
+from jaxwrap._weights._variables import Initial, Make
 
 
 class Engine:
@@ -109,15 +110,25 @@ class Engine:
 
     # Building.
 
-    def create_weights(self, params: PyTree, state: PyTree) -> None:
-        """Make the variables, with copies of these values."""
+    def plan(self, params: PyTree, state: PyTree) -> tuple[Plan, list[Any]]:
+        """Describe the variables for initial values, which may be in boxes. Return the values, too."""
         layer = self.layer
         mixed = layer.autocast and layer.compute_dtype != layer.variable_dtype
         compute = layer.compute_dtype if mixed else None
         dtypes = Dtypes(layer.variable_dtype, compute, self.options.keep_dtypes)
-        trees, seed = (params, state), self.seeds.base
-        weights = Weights(layer, trees, self.adapter.join, self.rules, dtypes, seed)
-        self.weights = weights
+        trees, specs = self.adapter.unbox(params, state)
+        return Plan.of(trees, specs, self.adapter.join, self.rules, dtypes, self.seeds.base)
+
+    def create_weights(self, params: PyTree, state: PyTree) -> None:
+        """Make the variables, with copies of these values, which may be in boxes."""
+        plan, values = self.plan(params, state)
+        # All of them first, so that an error leaves nothing behind.
+        initials = [leaf.initials(value) for leaf, value in zip(plan.leaves, values, strict=True)]
+        self.fill(plan, initials)
+
+    def fill(self, plan: Plan, initials: list[list[Initial]], make: Make | None = None) -> None:
+        """Make the variables: see `Weights`."""
+        self.weights = Weights(self.layer, plan, initials, make)
         self.track()
 
     def track(self) -> None:

@@ -30,7 +30,7 @@ def abstract_result(engine: Engine, specs: dict[str, PyTree], training: bool) ->
 
     def result_of(arguments: dict[str, PyTree], values: list[list[Any]]) -> PyTree:
         if not parts:
-            params, state = engine.init(arguments)
+            (params, state), _ = engine.adapter.unbox(*engine.init(arguments))
         else:
             pairs = zip(parts, values, strict=True)
             params, state = (leaves.decode(arrays) for leaves, arrays in pairs)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
+
 from jaxwrap._errors import door
-from jaxwrap._layer import _rebuild
+from jaxwrap._layer import _rebuild, _shard_report, _sharding
 from jaxwrap._layer._summary import Modules
 from jaxwrap._layer._sync import sync
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Reparametrization
 from jaxwrap._weights._table import ModuleTable, WeightTable
+
+# What the names of axes mean by default.
+AXES = (("mlp", "model"), ("batch", "batch"))
 
 
 class Weighted:
@@ -137,6 +142,80 @@ class Weighted:
         sync(self._engine.built_weights().state.variables, how)
 
     @door
+    def layout_map(
+        self,
+        device_mesh: keras.distribution.DeviceMesh,
+        input_shape: Any = None,
+        axes: Any = AXES,
+    ) -> keras.distribution.LayoutMap:
+        """Return how the weights are divided over a mesh, for `keras.distribution.ModelParallel`.
+
+        Nothing is allocated. Each weight that is divided has an entry under its exact path. `Rule(layout=...)` counts
+        first, then the names that Flax modules have for the axes of their parameters.
+
+        Args:
+            device_mesh: The mesh.
+            input_shape: The shape of the first argument, or a nest of shapes, for a layer that is not built. A
+                `keras.KerasTensor` has a dtype too, for inputs that are not floats.
+            axes: What names of axes mean, as pairs in Flax's form: a name, and None, an axis of the mesh or several.
+                The first meaning whose axes are free counts. Names without a meaning are axes of the mesh.
+
+        Raises:
+            ValueError: If the layer is not built and `input_shape` is None, or a layout does not fit its weight or
+                the mesh.
+
+        Example:
+            >>> import flax.linen as nn, keras, jaxwrap
+            >>> mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), devices=["cpu:0"])
+            >>> rules = {".*/kernel": jaxwrap.Rule(layout=(None, "model"))}
+            >>> layer = jaxwrap.FlaxLayer(nn.Dense(4), rules=rules, name="dense")
+            >>> [(path, layout.axes) for path, layout in layer.layout_map(mesh, (None, 3)).items()]
+            [('dense/params/kernel', (None, 'model'))]
+        """
+        return _sharding.layout_map(self._engine, device_mesh, input_shape, axes)
+
+    @door
+    def shard_report(
+        self, device_mesh: Any, input_shape: Any = None, axes: Any = AXES
+    ) -> _shard_report.ShardReport:
+        """Return what the layer costs on a mesh: bytes, operations, and what devices send. Nothing is allocated.
+
+        Layouts are those of `layout_map`. The axes of the mesh that "batch" means in `axes` divide the batch, or else
+        its first axis. With `n` devices along the axes in question, a device
+
+        - holds the bytes of a weight, divided by the sizes of all axes of its layout.
+        - computes `2 * outputs * inputs` operations for each product of matrices or convolution of a forward pass,
+          divided by the sizes of the axes that divide its factors. A loop counts as often as it runs. Operations
+          other than products do not count.
+        - sends `2 (n - 1) / n` of the bytes of a gradient to add it up over the data axes. Where a data axis divides
+          the weight itself, `(n - 1) / n` of the bytes of the gathered weight for its gradient, and twice for the
+          weight, in the forward pass and the backward pass.
+        - sends `2 (n - 1) / n` of the bytes of a result, or of the gradient of a factor, that is a sum over an axis
+          which other axes divide.
+
+        These are estimates: a compiler may join or avoid some of it. Optimizers, activations and the parts of
+        reparametrized leaves, which are computed from them, do not count as operations or memory.
+
+        Args:
+            device_mesh: A mesh of Keras or JAX, abstract ones too, or a dict of the sizes of its axes.
+            input_shape: See `layout_map`. An unknown batch is one example for each of its parts, another unknown
+                size is 1.
+            axes: See `layout_map`.
+
+        Raises:
+            ValueError: See `layout_map`.
+
+        Example:
+            >>> import flax.linen as nn, jaxwrap
+            >>> rules = {".*/kernel": jaxwrap.Rule(layout=(None, "model"))}
+            >>> layer = jaxwrap.FlaxLayer(nn.Dense(1024), rules=rules, name="dense")
+            >>> report = layer.shard_report({"batch": 2, "model": 4}, (64, 512))
+            >>> report.bytes_per_device, report.flops_per_device
+            (528384, 8388608.0)
+        """
+        return _shard_report.shard_report(self._engine, device_mesh, input_shape, axes)
+
+    @door
     def get_variables(self, merged: bool = True) -> PyTree:
         """Return the weights as the library has them, with NumPy arrays. PRNG keys are JAX arrays.
 
@@ -151,4 +230,5 @@ class Weighted:
     def set_variables(self, variables: PyTree) -> None:
         """Assign a pytree as `get_variables` returns it, of any arrays. ValueError if it does not fit the weights."""
         engine = self._engine
-        engine.built_weights().write(*engine.adapter.split(variables))
+        values, _ = engine.adapter.unbox(*engine.adapter.split(variables))
+        engine.built_weights().write(*values)

@@ -4,6 +4,6 @@ from jaxwrap._weights._leaves import Leaves
 from jaxwrap._weights._reparametrization import Reparametrization
 from jaxwrap._weights._rules import Rule, Rules
 from jaxwrap._weights._state import State
-from jaxwrap._weights._weights import Dtypes, Weights
+from jaxwrap._weights._weights import Dtypes, Plan, Weights
 
-__all__ = ["Dtypes", "Leaves", "Reparametrization", "Rule", "Rules", "State", "Weights"]
+__all__ = ["Dtypes", "Leaves", "Plan", "Reparametrization", "Rule", "Rules", "State", "Weights"]

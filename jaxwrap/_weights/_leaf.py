@@ -17,6 +17,8 @@ from jaxwrap._bridge._memory import host_copies
 from jaxwrap._dtypes import can_hold, inexact, kind
 from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array
+from jaxwrap._weights._axes import Axes, is_spread, of_part
+from jaxwrap._weights._devices import axes_of, layout_like
 from jaxwrap._weights._reparametrization import Layout, RealImaginary, Reparametrization
 from jaxwrap._weights._rules import Rule
 from jaxwrap._weights._variables import Initial, array_of, assign, dtype_of, key_impl, to_host
@@ -43,6 +45,8 @@ class Leaf:
         cast: The dtype that JAX functions see, if it is another one.
         rule: The settings of all rules for it.
         seed: The seed of the key of its parts.
+        axes: The names of its axes, as the library has them, if it has any.
+        held: The layout of the variables that it had before it was made again.
         layout: Its parts, once they have been made. None for one variable.
         variables: The variables, once they have been made.
     """
@@ -56,6 +60,8 @@ class Leaf:
     cast: str | None = None
     rule: Rule = dataclasses.field(default_factory=Rule)
     seed: int = 0
+    axes: Axes | None = None
+    held: Any = None
     layout: Layout | None = None
     variables: tuple[keras.Variable, ...] = ()
 
@@ -103,6 +109,8 @@ class Leaf:
             return kind(value) == kind(self.dtype)
         if field == "aggregation":
             return value not in ("mean", "sum") or kind(self.dtype) == "float"
+        if field == "layout":
+            return True
         return value is False or self.can_train
 
     def initials(self, value: Any) -> list[Initial]:
@@ -113,7 +121,18 @@ class Leaf:
         """
         if self.form is None:
             path = tuple(self.path.split("/"))
-            return [Initial(path, value, self.stored, self.can_train, self.aggregation)]
+            held = layout_like(self.held, self.shape, self.shape)
+            return [
+                Initial(
+                    path,
+                    value,
+                    self.stored,
+                    self.can_train,
+                    self.aggregation,
+                    self.rule.layout,
+                    held,
+                )
+            ]
         for field in ("regularizer", "constraint"):
             if getattr(self.rule, field) is not None:
                 raise ValueError(
@@ -126,9 +145,33 @@ class Leaf:
             self.layout, arrays = Layout.make(self.form, array, self._key())
         parts = zip(self.names, arrays, self._trains(arrays), strict=True)
         return [
-            Initial(tuple(name.split("/")), array, str(array.dtype), trains, self.aggregation)
+            Initial(
+                tuple(name.split("/")),
+                array,
+                str(array.dtype),
+                trains,
+                self.aggregation,
+                self._divided(array),
+                layout_like(self.held, self.shape, tuple(array.shape)),
+            )
             for name, array, trains in parts
         ]
+
+    def _divided(self, part: Any) -> Axes | None:
+        """Return the layout of a part, if a rule sets one for the leaf."""
+        return self.rule.layout and of_part(self.rule.layout, self.shape, tuple(part.shape))
+
+    def place(self) -> Any:
+        """Return the layout of its variable, or of the part that is as large as the leaf. None without one."""
+        layouts = [getattr(v, "_layout", None) for v in self.variables if v.shape == self.shape]
+        return next(iter(layouts), None)
+
+    def divided(self, variable: keras.Variable) -> Axes | None:
+        """Return what each axis of one of the variables is divided by: see `WeightRow`."""
+        names = self.rule.layout or self.axes
+        of_leaf = names and of_part(names, self.shape, tuple(variable.shape))
+        found = axes_of(getattr(variable, "_layout", None)) or of_leaf
+        return found if is_spread(found) else None
 
     def _trains(self, arrays: Sequence[Any]) -> list[bool]:
         """For each variable, whether it can be trained."""

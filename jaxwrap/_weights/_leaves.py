@@ -15,7 +15,7 @@ from jaxwrap._pytree import Structure, describe_difference, is_leaf_array, parti
 from jaxwrap._typing import Array, PyTree
 from jaxwrap._weights._leaf import Leaf, LeafPath
 from jaxwrap._weights._reparametrization import Tied
-from jaxwrap._weights._variables import create_variables
+from jaxwrap._weights._variables import Initial, Make, create_variables
 
 
 class Leaves:
@@ -242,6 +242,18 @@ def fill(
     groups = [[pair] for pair in pairs if pair[0].form is not None]
     for group in (*groups, [pair for pair in pairs if pair[0].form is None]):
         initials = [leaf.initials(value) for leaf, value in group]
-        made = iter(create_variables(owner, [one for part in initials for one in part], outer))
-        for (leaf, _), part in zip(group, initials, strict=True):
-            leaf.variables = tuple(itertools.islice(made, len(part)))
+        fill_with(owner, [leaf for leaf, _ in group], initials, outer)
+
+
+def fill_with(
+    owner: Any,
+    leaves: Sequence[Leaf],
+    initials: Sequence[Sequence[Initial]],
+    outer: Sequence[str] | None = None,
+    make: Make | None = None,
+) -> None:
+    """Make the variables of leaves as they are described: see `create_variables`."""
+    flat = [one for part in initials for one in part]
+    made = iter(create_variables(owner, flat, outer, make))
+    for leaf, part in zip(leaves, initials, strict=True):
+        leaf.variables = tuple(itertools.islice(made, len(part)))

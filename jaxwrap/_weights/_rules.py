@@ -11,6 +11,7 @@ import keras
 
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._serialization import deserialize, serialize, serialize_callable
+from jaxwrap._weights._axes import check_axes
 from jaxwrap._weights._patterns import compile_pattern, match
 from jaxwrap._weights._reparametrization import Reparametrization
 
@@ -33,6 +34,8 @@ class Rule:
         aggregation: What becomes of the values that the replicas of a `tf.distribute` strategy assign, as in
             `keras.Variable`: "mean", "sum", "only_first_replica" or "none". By default float state is the mean, all
             other state that of the first replica, and parameters are "none", since all replicas assign the same.
+        layout: How `keras.distribution` divides a leaf on JAX: for each of its axes None, the name of an axis of the
+            mesh, or a tuple of such names. It counts more than a `LayoutMap`, and `layout_map` returns it.
 
     Raises:
         TypeError: For a field of another type.
@@ -54,6 +57,7 @@ class Rule:
     constraint: Any = None
     reparametrize: Any = None
     aggregation: str | None = None
+    layout: Any = None
 
     def __post_init__(self) -> None:
         for name in ("trainable", "autocast"):
@@ -75,6 +79,8 @@ class Rule:
                 f"Rule: `aggregation` must be one of {', '.join(map(repr, AGGREGATIONS))}, or None; received "
                 f"{self.aggregation!r}."
             )
+        if self.layout is not None:
+            object.__setattr__(self, "layout", check_axes(self.layout, "Rule: `layout`"))
         # Resolved now: a wrong name should fail here, and not when a layer is built.
         object.__setattr__(self, "regularizer", keras.regularizers.get(self.regularizer))
         object.__setattr__(self, "constraint", keras.constraints.get(self.constraint))

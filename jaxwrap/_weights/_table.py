@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from jaxwrap._weights._axes import Axes
+
 
 class WeightRow(NamedTuple):
     """One weight.
@@ -17,6 +19,8 @@ class WeightRow(NamedTuple):
         dtype: The name of its dtype.
         trainable: Whether it is trained.
         size: The number of its elements.
+        layout: For each axis None, or what it is divided by: axes of the mesh that a distribution or a rule sets, or
+            else the names that the model has for its axes. None for one that is not divided.
     """
 
     path: str
@@ -24,6 +28,7 @@ class WeightRow(NamedTuple):
     dtype: str
     trainable: bool
     size: int
+    layout: Axes | None = None
 
 
 class WeightTable(tuple[WeightRow, ...]):
@@ -32,12 +37,18 @@ class WeightTable(tuple[WeightRow, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
+        header = ["path", "shape", "dtype", "trainable"]
         rows = [
-            (row.path, str(row.shape), row.dtype, "yes" if row.trainable else "no", f"{row.size:,}")
-            for row in self
+            [row.path, str(row.shape), row.dtype, "yes" if row.trainable else "no"] for row in self
         ]
-        total = ("total", "", "", "", f"{sum(row.size for row in self):,}")
-        return format_table([WeightRow._fields, *rows, total], numbers=1)
+        total = ["total", "", "", ""]
+        if any(row.layout for row in self):
+            header, total = [*header, "layout"], [*total, ""]
+            rows = [[*cells, str(row.layout or "")] for cells, row in zip(rows, self, strict=True)]
+        sizes = [f"{row.size:,}" for row in self]
+        rows = [[*cells, size] for cells, size in zip(rows, sizes, strict=True)]
+        whole = [*total, f"{sum(row.size for row in self):,}"]
+        return format_table([[*header, "size"], *rows, whole], numbers=1)
 
 
 class ModuleRow(NamedTuple):

@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import keras
 import numpy as np
+from keras.src.backend.common.name_scope import current_path
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._typing import Array
+from jaxwrap._weights._axes import Axes
+from jaxwrap._weights._devices import layout_of, sharding_of
+
+# Returns arrays with these shardings.
+Make = Callable[[Sequence[Any]], Iterable[Array]]
 
 
 class Initial(NamedTuple):
@@ -26,6 +32,8 @@ class Initial(NamedTuple):
         dtype: The dtype.
         trainable: Whether it can be trained.
         aggregation: What Keras makes of the values that replicas on several devices assign.
+        axes: Its layout, if a rule sets one.
+        held: See `layout_of`.
     """
 
     path: tuple[str, ...]
@@ -33,10 +41,15 @@ class Initial(NamedTuple):
     dtype: str
     trainable: bool
     aggregation: str = "none"
+    axes: Axes | None = None
+    held: Any = None
 
 
 def create_variables(
-    owner: Any, initials: Sequence[Initial], outer: Sequence[str] | None = None
+    owner: Any,
+    initials: Sequence[Initial],
+    outer: Sequence[str] | None = None,
+    make: Make | None = None,
 ) -> list[keras.Variable]:
     """Create variables that are named by paths below their owner, with copies of values.
 
@@ -44,33 +57,72 @@ def create_variables(
         owner: Its name begins the paths.
         initials: The variables.
         outer: The names above the owner in the paths of its first variables. None for the first ones.
+        make: Makes the values with the shardings of JAX that it gets. They are not copied. `initials` then have
+            structs in the place of values.
     """
-    copies = get_bridge().copies([array_of(initial.value) for initial in initials])
     variables = []
     # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
     # Keras knows the model around the owner by now, which the first variables may have been older than.
     parent = None if outer is None else "/".join(outer)
     with keras.name_scope(owner.name, caller=owner, override_parent=parent):
-        for scopes, together in itertools.groupby(initials, lambda initial: initial.path[:-1]):
+        values = [one.value if make else array_of(one.value) for one in initials]
+        layouts = _layouts(owner, initials, values)
+        shardings = list(map(sharding_of, layouts))
+        copies = iter(make(shardings)) if make else get_bridge().copies(values, shardings)
+        pairs = zip(initials, layouts, strict=True)
+        for scopes, together in itertools.groupby(pairs, lambda pair: pair[0].path[:-1]):
             with contextlib.ExitStack() as stack:
                 for scope in scopes:
                     stack.enter_context(keras.name_scope(scope))
                 # One after the other, so that no backend ever holds a second copy of the whole.
-                variables += [_create(initial, next(copies)) for initial in together]
+                variables += [
+                    _create(initial, next(copies), layout) for initial, layout in together
+                ]
     return variables
 
 
-def _create(initial: Initial, copy: Any) -> keras.Variable:
+def is_divided() -> bool:
+    """Whether variables that are made now are divided over devices."""
+    return get_bridge().shards and keras.distribution.distribution() is not None
+
+
+def _layouts(owner: Any, initials: Sequence[Initial], values: Sequence[Any]) -> list[Any]:
+    """Return the layout of each variable to make: see `layout_of`. Call it in the scope of the owner."""
+    if not get_bridge().shards:
+        return [None] * len(initials)
+    above = current_path()
+    return [
+        layout_of(
+            f"{above}/{'/'.join(one.path)}",
+            f"{owner.name}/{'/'.join(one.path)}",
+            tuple(value.shape),
+            one.dtype,
+            one.axes,
+            value,
+            one.held,
+        )
+        for one, value in zip(initials, values, strict=True)
+    ]
+
+
+def _create(initial: Initial, copy: Any, layout: Any) -> keras.Variable:
     dtype = initial.dtype
+
+    def make(shape: Any, dtype: str) -> Any:
+        return _to_tensor(copy, initial.dtype)
+
+    # As an initializer, since Keras would copy a value once more. But a large one with a layout it would compile, with
+    # the value as a constant.
+    divided = layout is not None and not in_stateless_scope()
     variable = keras.Variable(
-        # As an initializer, since Keras would copy a value once more.
-        lambda shape, dtype: _to_tensor(copy, dtype),
+        _to_tensor(copy, dtype) if divided else make,
         shape=tuple(copy.shape),
         dtype=dtype,
         trainable=initial.trainable,
         autocast=False,  # the function that JAX compiles casts
         aggregation=initial.aggregation,
         name=initial.path[-1],
+        layout=layout,
     )
     # On NumPy Keras initializes all floats as it does by default, and keeps other dtypes for assignment.
     if dtype == "float64" and keras.backend.standardize_dtype(variable.value.dtype) != dtype:

@@ -15,14 +15,15 @@ import numpy as np
 from jaxwrap._dtypes import kind
 from jaxwrap._pytree import Structure, is_leaf_array, key_name, partition
 from jaxwrap._typing import PyTree
+from jaxwrap._weights._axes import check_rank, names_of_axes
 from jaxwrap._weights._leaf import Leaf
-from jaxwrap._weights._leaves import Leaves, fill
+from jaxwrap._weights._leaves import Leaves, fill, fill_with
 from jaxwrap._weights._names import unique_names
 from jaxwrap._weights._patterns import match
 from jaxwrap._weights._reparametrization import Tied
 from jaxwrap._weights._rules import Rule, Rules
 from jaxwrap._weights._table import ModuleTable, WeightRow, WeightTable
-from jaxwrap._weights._variables import assign
+from jaxwrap._weights._variables import Initial, Make, assign
 
 Join = Callable[[PyTree, PyTree], PyTree]
 
@@ -52,6 +53,61 @@ class Dtypes(NamedTuple):
             leaf.stored = leaf.rule.dtype
 
 
+class Plan(NamedTuple):
+    """The weights of an owner before there are variables.
+
+    Attributes:
+        structures: The structures of `params` and `state`.
+        leaves: The leaves of both, params first.
+        params_count: The number of leaves of the params.
+        rules: The rules for leaves. `freeze` adds to them.
+    """
+
+    structures: tuple[Structure, Structure]
+    leaves: list[Leaf]
+    params_count: int
+    rules: Rules
+
+    @classmethod
+    def of(
+        cls,
+        trees: tuple[PyTree, PyTree],
+        specs: Any,
+        join: Join,
+        rules: Rules,
+        dtypes: Dtypes,
+        seed: int,
+    ) -> tuple[Plan, list[Any]]:
+        """Describe two pytrees. Return the plan, and the values of the leaves.
+
+        Args:
+            trees: `params` and `state` with the initial values.
+            specs: The names of the axes of the leaves: see `Adapter.unbox`.
+            join: Makes one pytree of both, which gives each leaf its path.
+            rules: The rules for leaves.
+            dtypes: The dtypes of float leaves.
+            seed: The seed of parts that are drawn.
+
+        Raises:
+            ValueError: If a rule matches no leaf, or none that it can apply to.
+        """
+        (params, first), (state, second) = (partition(tree, is_leaf_array) for tree in trees)
+        values = [*params, *state]
+        leaves = [
+            Leaf.of("/".join(path), value, place < len(params))
+            for place, (path, value) in enumerate(
+                zip(_paths((first, second), join), values, strict=True)
+            )
+        ]
+        resolved = rules.resolve([leaf.path for leaf in leaves])
+        check_rules(rules, leaves)
+        for leaf, rule, axes in zip(leaves, resolved, names_of_axes(trees, specs), strict=True):
+            leaf.rule, leaf.seed, leaf.axes = rule, seed, axes
+            dtypes.apply(leaf)
+        _check_tied(leaves)
+        return cls((first, second), leaves, len(params), rules), values
+
+
 class Weights:
     """The variables of an owner: two pytrees, in one order, params first.
 
@@ -64,46 +120,28 @@ class Weights:
     def __init__(
         self,
         owner: Any,
-        trees: tuple[PyTree, PyTree],
-        join: Join,
-        rules: Rules,
-        dtypes: Dtypes,
-        seed: int,
+        plan: Plan,
+        initials: Sequence[Sequence[Initial]],
+        make: Make | None = None,
     ):
-        """Make the variables, once it is sure that all of them can be made.
+        """Make the variables.
 
         Args:
             owner: Its name begins the paths of the variables, and it must still track them.
-            trees: `params` and `state` with the initial values, which are copied.
-            join: Makes one pytree of both, which gives each leaf its path.
-            rules: The rules for leaves. `freeze` adds to them.
-            dtypes: The dtypes of float leaves.
-            seed: The seed of parts that are drawn.
+            plan: The weights.
+            initials: The variables of each leaf.
+            make: See `create_variables`.
 
         Raises:
-            ValueError: If a rule matches no leaf, or none that it can apply to.
+            ValueError: If a rule has the layout of a leaf of another rank, or one that does not fit the mesh.
         """
-        parts = [partition(tree, is_leaf_array) for tree in trees]
-        paths = _paths([structure for _, structure in parts], join)
-        values = [value for part, _ in parts for value in part]
-        count = len(parts[0][0])
-        self.leaves = [
-            Leaf.of("/".join(path), value, place < count)
-            for place, (path, value) in enumerate(zip(paths, values, strict=True))
-        ]
-        self._rules = rules
-        resolved = rules.resolve([leaf.path for leaf in self.leaves])
-        # Before the first variable, so that an error leaves nothing behind.
-        check_rules(rules, self.leaves)
-        for leaf, rule in zip(self.leaves, resolved, strict=True):
-            leaf.rule, leaf.seed = rule, seed
-            dtypes.apply(leaf)
-        _check_tied(self.leaves)
-        split = self.leaves[:count], self.leaves[count:]
-        self.params, self.state = (
-            Leaves.create(owner, structure, leaves, part)
-            for (part, structure), leaves in zip(parts, split, strict=True)
-        )
+        for leaf in plan.leaves:
+            if leaf.rule.layout is not None:
+                check_rank(leaf.path, leaf.shape, leaf.rule.layout)
+        fill_with(owner, plan.leaves, initials, make=make)
+        self.leaves, self._rules = plan.leaves, plan.rules
+        split = self.leaves[: plan.params_count], self.leaves[plan.params_count :]
+        self.params, self.state = map(Leaves, plan.structures, split)
         for leaf in self.leaves:
             leaf.obey(leaf.rule)
 
@@ -171,7 +209,11 @@ class Weights:
         def again(place: int) -> Leaf:
             leaf = self.leaves[place]
             return dataclasses.replace(
-                leaf, rule=changed.get(place, leaf.rule), layout=None, variables=()
+                leaf,
+                rule=changed.get(place, leaf.rule),
+                layout=None,
+                variables=(),
+                held=leaf.place(),
             )
 
         _check_tied([again(place) for place in range(len(self.leaves))])
@@ -211,8 +253,11 @@ class Weights:
         """Return a row for each variable."""
         ids = set(map(id, trained))
         return WeightTable(
-            WeightRow(v.path, tuple(v.shape), v.dtype, id(v) in ids, math.prod(v.shape))
-            for v in self.variables
+            WeightRow(
+                v.path, tuple(v.shape), v.dtype, id(v) in ids, math.prod(v.shape), leaf.divided(v)
+            )
+            for leaf in self.leaves
+            for v in leaf.variables
         )
 
     def sums(self, trained: Iterable[keras.Variable], depth: int) -> ModuleTable:
@@ -260,7 +305,7 @@ def check_rules(rules: Rules, leaves: Sequence[Leaf]) -> None:
                 raise ValueError(
                     f"the rule for {pattern!r} sets {field}={value!r}, which applies to none of the leaves that it "
                     f"matches: {', '.join(f'{leaf.path} ({leaf.dtype})' for leaf in matched[:5])}. "
-                    "All fields but `dtype` and `aggregation` are for float leaves of the parameters, "
+                    "All fields but `dtype`, `aggregation` and `layout` are for float leaves of the parameters, "
                     "`dtype` for leaves of its own kind: a float dtype for float leaves. A mean or a sum of replicas "
                     "is for float leaves."
                 )

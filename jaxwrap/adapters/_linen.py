@@ -17,6 +17,7 @@ from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
+from jaxwrap.adapters._boxes import specs_of, unboxed
 from jaxwrap.adapters._capture import Capture, LinenCapture
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, STATE, TRAINABLE, Collections
 from jaxwrap.adapters._libraries import require
@@ -85,6 +86,10 @@ class Linen(Adapter):
             return {"dropout": None}
         return self.rngs if isinstance(self.rngs, Mapping) else dict.fromkeys(self.rngs)
 
+    def unbox(self, params: PyTree, state: PyTree) -> tuple[tuple[PyTree, PyTree], Any]:
+        """Take off what `nn.with_partitioning` and its like put around arrays."""
+        return unboxed((params, state)), specs_of((params, state))
+
     def init(self, keys: PyTree, inputs: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
         """Call `module.init`."""
         return self.split(self.module.init(keys, inputs, training=True, method=self._run))
@@ -131,7 +136,7 @@ class Linen(Adapter):
             changed, values = captured.take(changed)
         # Only what `init` makes is state. Other collections appear in `apply` alone.
         new_state = {name: changed.get(name, old) for name, old in (state or {}).items()}
-        result = self._roles.result(outputs, new_state, changed)
+        result = self._roles.result(outputs, unboxed(new_state), changed)
         return result if values is None else self._capture.add(result, values)
 
     def _run(self, module: Any, inputs: Mapping[str, PyTree], training: bool) -> Any:

@@ -18,6 +18,7 @@ from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import serialize, serialize_by_name, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
+from jaxwrap.adapters._boxes import specs_of_variables
 from jaxwrap.adapters._capture import NnxCapture
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, OUTPUT, Collections
 from jaxwrap.adapters._libraries import require
@@ -28,7 +29,13 @@ from jaxwrap.adapters._methods import (
     method_for_config,
     method_parameters,
 )
-from jaxwrap.adapters._nnx_factories import abstract_module, check_factory, make_module, typed
+from jaxwrap.adapters._nnx_factories import (
+    abstract_module,
+    check_factory,
+    make_module,
+    typed,
+    unsharded,
+)
 from jaxwrap.adapters._nnx_variables import as_params_and_state, collection_name, pop_collections
 
 if TYPE_CHECKING:
@@ -123,9 +130,10 @@ class NNX(Adapter):
         from flax import nnx
 
         # Of a clone, since `pop` takes variables out, and the module of the user must not change.
-        copy = nnx.clone(module)
-        pop_collections(copy, self._sown)
-        return nnx.split(copy, self._filter, ...)
+        with unsharded():
+            copy = nnx.clone(module)
+            pop_collections(copy, self._sown)
+            return nnx.split(copy, self._filter, ...)
 
     def _values(self, module: Any) -> tuple[PyTree, PyTree]:
         from flax import nnx
@@ -136,6 +144,11 @@ class NNX(Adapter):
     def initial(self) -> tuple[PyTree, PyTree] | None:
         """Return the values of the module, unless a factory makes them."""
         return None if self.module is None else self._values(self.module)
+
+    def unbox(self, params: PyTree, state: PyTree) -> tuple[tuple[PyTree, PyTree], Any]:
+        """Return the values as they are, and the names that `nnx.with_partitioning` and its like gave to variables."""
+        _, *parts = self._parts(self.example)
+        return (params, state), tuple(map(specs_of_variables, parts))
 
     def signature(self) -> inspect.Signature:
         """Return the arguments of the method, without the train flag."""
@@ -180,7 +193,8 @@ class NNX(Adapter):
         """Make a new module of these values."""
         from flax import nnx
 
-        return nnx.merge(self._graphdef, params, state)
+        with unsharded():
+            return nnx.merge(self._graphdef, params, state)
 
     @property
     def _sown(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,15 @@ def make_module(factory: Callable[..., Any], rngs: Any) -> Any:
     # A class, or a `functools.partial` of it, is a factory too. Modules take their rngs by keyword, and hide it.
     parameters = inspect.signature(factory).parameters
     named = "rngs" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return factory(rngs=rngs) if named else factory(rngs)
+    with unsharded():
+        return factory(rngs=rngs) if named else factory(rngs)
+
+
+def unsharded() -> contextlib.AbstractContextManager[Any]:
+    """Enter a scope in which NNX keeps the names of axes, and does not need a mesh that has them."""
+    from flax import nnx
+
+    return nnx.use_eager_sharding(False)
 
 
 def abstract_module(factory: Callable[..., Any]) -> Any:

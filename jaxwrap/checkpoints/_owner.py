@@ -89,10 +89,15 @@ def _of_layer(layer: JaxLayer) -> Owner:
     with naming(describe(layer)):
         targets = _targets(layer)
         tree = layer._engine.checkpoint_tree()
+        boxed = {leaf.path for leaf in layer._engine.built_weights().leaves if leaf.axes}
     spellings: dict[str, list[str]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, LeafPath):
-            for name in {leaf.path, path_str(keys)}:
+            names = {leaf.path, path_str(keys)}
+            if leaf.path in boxed:
+                # Flax writes its boxes too.
+                names |= {f"{name}/value" for name in names}
+            for name in names:
                 spellings.setdefault(name, []).append(leaf.path)
                 # Files of the parameters alone do not say that they are.
                 if leaf.path.startswith("params/"):
