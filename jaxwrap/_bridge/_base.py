@@ -103,6 +103,10 @@ class Bridge(abc.ABC):
         """Turn a gradient into a tensor, where the backend has other kinds of gradients too."""
         return gradient
 
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """Return the devices of the distribution that is set now, if the backend's tensors are arrays on them."""
+        return None
+
     def replicas(self) -> int:
         """Return the number of devices on which the backend itself runs the same training step."""
         return 1

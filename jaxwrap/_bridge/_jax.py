@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import keras
 import numpy as np
 from jax.core import Tracer
 
@@ -39,6 +40,10 @@ class JaxBridge(Bridge):
             )
         for array, is_anywhere in zip(arrays, anywhere, strict=True):
             yield next(copied) if is_anywhere else next(host_copies([array]))
+
+    def mesh(self) -> jax.sharding.Mesh | None:
+        distribution = keras.distribution.distribution()
+        return None if distribution is None else distribution.device_mesh.backend_mesh
 
     def wrap(
         self,

@@ -65,10 +65,12 @@ class Leaves:
         leaves: Sequence[Leaf],
         values: Sequence[Any],
         order: Iterable[int] = (),
+        is_copied: bool = True,
     ) -> Leaves:
-        """Make the variables, with copies of `values`. The owner must still track them."""
+        """Make the variables of `values`. The owner must still track them. See `create_variables`."""
         places = tuple(order) or tuple(range(len(leaves)))
-        fill(owner, [leaves[place] for place in places], (values[place] for place in places))
+        ordered = (values[place] for place in places)
+        fill(owner, [leaves[place] for place in places], ordered, is_copied=is_copied)
         return cls(structure, leaves, places)
 
     def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Leaves:
@@ -200,7 +202,11 @@ class Leaves:
 
 
 def fill(
-    owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] = ()
+    owner: Any,
+    leaves: Sequence[Leaf],
+    values: Iterable[Any],
+    outer: Sequence[str] = (),
+    is_copied: bool = True,
 ) -> None:
     """Make the variables of leaves, once it is sure that all of them can be made: see `create_variables`.
 
@@ -208,6 +214,7 @@ def fill(
         ValueError: If a leaf cannot be computed from parts as its rule says.
     """
     initials = [leaf.initials(value) for leaf, value in zip(leaves, values, strict=True)]
-    made = iter(create_variables(owner, [one for part in initials for one in part], outer))
+    flat = [one for part in initials for one in part]
+    made = iter(create_variables(owner, flat, outer, is_copied))
     for leaf, part in zip(leaves, initials, strict=True):
         leaf.variables = tuple(itertools.islice(made, len(part)))

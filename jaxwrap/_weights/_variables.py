@@ -22,7 +22,7 @@ class Initial(NamedTuple):
 
     Attributes:
         path: The names below its owner.
-        value: The first value, which is copied.
+        value: The first value.
         dtype: The dtype.
         trainable: Whether it can be trained.
     """
@@ -34,16 +34,18 @@ class Initial(NamedTuple):
 
 
 def create_variables(
-    owner: Any, initials: Sequence[Initial], outer: Sequence[str] = ()
+    owner: Any, initials: Sequence[Initial], outer: Sequence[str] = (), is_copied: bool = True
 ) -> list[keras.Variable]:
-    """Create variables that are named by paths below their owner, with copies of values.
+    """Create variables that are named by paths below their owner.
 
     Args:
         owner: Its name begins the paths.
         initials: The variables.
         outer: Names above the owner, which the scopes of its first variables had.
+        is_copied: Whether to copy the values. If not, they are arrays on a mesh that nobody else holds.
     """
-    copies = get_bridge().copies([array_of(initial.value) for initial in initials])
+    arrays = [array_of(initial.value) for initial in initials]
+    copies = get_bridge().copies(arrays) if is_copied else iter(arrays)
     variables = []
     # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
     with contextlib.ExitStack() as above:
@@ -61,6 +63,16 @@ def create_variables(
 
 def _create(initial: Initial, copy: Any) -> keras.Variable:
     dtype = initial.dtype
+    if (sharding := mesh_sharding(copy)) is not None:
+        # Not as an initializer, which Keras compiles if it is large, with the value as a constant.
+        return keras.Variable(
+            copy,
+            dtype=dtype,
+            trainable=initial.trainable,
+            autocast=False,
+            name=initial.path[-1],
+            layout=sharding,
+        )
     variable = keras.Variable(
         # As an initializer, since Keras would copy a value once more.
         lambda shape, dtype: _to_tensor(copy, dtype),
@@ -107,6 +119,12 @@ def key_impl(value: Any) -> Any:
     if not isinstance(value, jax.Array) or isinstance(value.dtype, np.dtype):
         return None
     return jax.random.key_impl(value)
+
+
+def mesh_sharding(value: Any) -> jax.sharding.NamedSharding | None:
+    """Return how an array lies on a mesh. None for a tensor that is on one device."""
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
