@@ -107,6 +107,10 @@ class Bridge(abc.ABC):
         """Return the devices of the distribution that is set now, if the backend's tensors are arrays on them."""
         return None
 
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Enter a scope in which JAX functions see the mesh of `mesh`, if there is one."""
+        return contextlib.nullcontext()
+
     def replicas(self) -> int:
         """Return the number of devices on which the backend itself runs the same training step."""
         return 1

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jaxwrap._bridge import get_bridge
 from jaxwrap._layer._inputs import placeholders
 from jaxwrap._pytree import is_array, partition, path_str
 from jaxwrap._serialization import check_size
-from jaxwrap._specs import Spec, partition_specs
-from jaxwrap._typing import PyTree
+from jaxwrap._specs import Spec, partition_specs, smallest
+from jaxwrap._typing import PyTree, Static
 
 if TYPE_CHECKING:
     from jaxwrap._layer._engine import Engine
@@ -26,10 +27,7 @@ def init_weights(engine: Engine, specs: dict[str, PyTree]) -> None:
     """
     if engine.is_from_file:
         _check_sizes(engine, specs)
-    # Keras may build a layer inside `jax.jit`, and initial values must outlive that trace. It breaks a `shard_map`
-    # with a collective in `init_fn`: build such a layer before.
-    with jax.ensure_compile_time_eval():
-        params, state = engine.init(placeholders(specs))
+    params, state = _first_values(engine, specs)
     traced = [
         path_str(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path((params, state))
@@ -45,10 +43,28 @@ def init_weights(engine: Engine, specs: dict[str, PyTree]) -> None:
         engine.create_weights(params, state)
 
 
+def _first_values(engine: Engine, specs: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+    # Keras may build a layer inside `jax.jit`, and initial values must outlive that trace. It breaks a `shard_map`
+    # with a collective in `init_fn`: build such a layer before.
+    if (mesh := get_bridge().mesh()) is None:
+        with jax.ensure_compile_time_eval():
+            return engine.init(placeholders(specs))
+
+    def made() -> tuple[list[Any], Static]:
+        arrays, structure = partition(engine.init(placeholders(specs)), is_array)
+        return arrays, Static(structure)
+
+    # Compiled, as constraints to a mesh hold in compiled functions only.
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.core.eval_context():
+        arrays, static = jax.jit(made, out_shardings=(everywhere, None))()
+    return static.value.unflatten(arrays)
+
+
 def _check_sizes(engine: Engine, specs: dict[str, PyTree]) -> None:
     """Raise ValueError if inputs or weights do not fit into memory: their shapes come from a file."""
     known, structure = partition_specs(specs)
-    inputs = [jax.ShapeDtypeStruct(spec.fill(1), spec.dtype) for spec in known]
+    inputs = [jax.ShapeDtypeStruct(smallest(spec), spec.dtype) for spec in known]
 
     def arrays_of(inputs: list[Any]) -> list[Any]:
         return partition(engine.init(structure.unflatten(inputs)), is_array)[0]

@@ -9,9 +9,13 @@ import sys
 import tempfile
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import optax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import jaxwrap
 
@@ -85,6 +89,54 @@ def assert_same(received, expected):
         np.testing.assert_allclose(received[path], value, err_msg=path, **CLOSE)
 
 
+RULES = (("rows", "batch"), ("mlp", "model"))
+
+
+@register
+class Constrained(nn.Module):
+    """A perceptron that says where its activations are: in JAX's words, in Flax's, and by a function for each shard."""
+
+    says: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        if self.says:
+            x = jax.lax.with_sharding_constraint(x, P("batch", None))
+        x = nn.tanh(nn.Dense(16, name="up")(x))
+        if self.says:
+            x = nn.with_logical_constraint(x, ("rows", "mlp"))
+            x = x - jax.shard_map(
+                lambda part: jax.lax.pmean(part.mean(0, keepdims=True), "batch"),
+                in_specs=P("batch", "model"),
+                out_specs=P(None, "model"),
+            )(x)
+        else:
+            x = x - x.mean(0, keepdims=True)
+        return nn.Dense(2, name="down")(x)
+
+
+@register
+class ConstrainedNNX(nnx.Module):
+    def __init__(self, *, rngs):
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return nn.with_logical_constraint(self.up(x), ("rows", "mlp"))
+
+
+def constraints(layer, x):
+    """Returns how many constraints the HLO of a call has, by what they say, and how many functions of shards."""
+    arguments = [[v.value for v in layer.trainable_variables]]
+    arguments.append([v.value for v in layer.non_trainable_variables])
+    text = jax.jit(lambda *values: layer.stateless_call(*values, x)[0]).lower(*arguments).as_text()
+    found = [
+        line.split("<@mesh, ")[1].split(">")[0]
+        for line in text.splitlines()
+        if "sdy.sharding_constraint" in line
+    ]
+    return found, text.count("sdy.manual_computation")
+
+
 def momentum():
     return jaxwrap.OptaxOptimizer(optax.sgd, 0.05, momentum=0.9)
 
@@ -156,6 +208,68 @@ def optimizer_again():
     variables = {v.path: v for v in model.optimizer.variables}
     assert spec(variables[path]) == ("model", None)
     assert not any("up" in path for path in variables)
+
+
+def constraints_inside():
+    """What a module says about its activations holds, in every kind of layer, and in shapes."""
+    x, y = data()
+    histories = []
+    for says, scope in ((False, contextlib.nullcontext()), (True, devices())):
+        with scope:
+            keras.utils.set_random_seed(0)
+            inputs = keras.Input((8,))
+            layer = jaxwrap.FlaxLayer(Constrained(says), seed=1, axis_rules=RULES)
+            model = keras.Model(inputs, layer(inputs))
+            assert model.output_shape == (None, 2)
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+            histories.append(model.fit(x, y, batch_size=8, shuffle=False, epochs=2, verbose=0))
+    np.testing.assert_allclose(
+        histories[0].history["loss"], histories[1].history["loss"], rtol=1e-5
+    )
+    rows, both = '[{"batch"}, {}]', '[{"batch"}, {"model"}]'
+    with devices():
+        assert constraints(layer, x) == ([rows, both], 1)
+        again = jaxwrap.FlaxLayer.from_config(layer.get_config())
+        again(x)
+        assert constraints(again, x) == ([rows, both], 1)
+        again.set_weights(layer.get_weights())
+        np.testing.assert_allclose(again(x), layer(x), **CLOSE)
+        # The other rules of Flax's context hold if the layer has none.
+        plain = jaxwrap.FlaxLayer(Constrained())
+        plain(x)
+        assert constraints(plain, x) == ([rows], 1)
+        with nn.logical_axis_rules((("mlp", "model"),)):
+            assert constraints(plain, x) == ([rows, '[{}, {"model"}]'], 1)
+        modules = jaxwrap.NNXLayer(ConstrainedNNX(rngs=nnx.Rngs(0)), axis_rules=RULES)
+        assert modules(x).sharding.spec == P("batch", "model")
+        assert constraints(modules, x) == ([both], 0)
+
+
+def functions_of_shards():
+    """Functions see the mesh of the moment: with parameters or without, after calls without a distribution too."""
+
+    def halved(inputs):
+        if jax.sharding.get_abstract_mesh().empty:
+            return inputs / 2
+        return jax.shard_map(lambda part: part / 2, in_specs=P("batch"), out_specs=P("batch"))(
+            inputs
+        )
+
+    x, _ = data()
+    layer, fn = jaxwrap.JaxLayer(halved), jaxwrap.wrap_function(halved)
+    for _ in range(2):
+        for call in (layer, fn):
+            assert len(call(jnp.asarray(x)).sharding.device_set) == 1
+            with devices():
+                received = call(jnp.asarray(x))
+            assert received.sharding.spec == P("batch")
+            np.testing.assert_array_equal(received, x / 2)
+    with devices():
+        assert layer.compute_output_shape((None, 4)) == (None, 4)
+        # Inside a trace, without a tracer.
+        mesh = keras.distribution.distribution().device_mesh.backend_mesh
+        x = jax.device_put(x[:8], jax.NamedSharding(mesh, P()))
+        np.testing.assert_array_equal(jax.jit(lambda x: fn(jnp.ones((8, 8))) + x)(x), x + 0.5)
 
 
 if __name__ == "__main__":
