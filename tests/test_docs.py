@@ -35,7 +35,8 @@ def test_page(page, backend, tmp_path, monkeypatch):
         exec(compile(block["code"], page, "exec"), vars(module))
 
 
-NAMES = [*jaxwrap.__all__, "checkpoints.save", "checkpoints.load", "testing.check_adapter"]
+NAMES = [*jaxwrap.__all__, "checkpoints.save", "checkpoints.load", "checkpoints.save_model"]
+NAMES += ["testing.check_adapter"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,15 @@ from jaxwrap._serialization import Weight
 from jaxwrap._typing import Array
 from jaxwrap._weights._reparametrization import Layout, RealImaginary, Reparametrization
 from jaxwrap._weights._rules import Rule
-from jaxwrap._weights._variables import Initial, array_of, assign, dtype_of, key_impl, to_host
+from jaxwrap._weights._variables import (
+    Initial,
+    array_of,
+    assign,
+    dtype_of,
+    gathered,
+    key_impl,
+    to_host,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +222,7 @@ class Leaf:
             )
             return [], [f"  key: {self.path} is {expected}; received {received}"]
         # A copy: the caller may write to the array later.
-        array = next(host_copies([array_of(value)]))
+        array = next(host_copies([gathered(array_of(value))]))
         problems = []
         if array.shape != self.shape:
             problems.append(f"  shape: {self.path} is {self.shape}; received {array.shape}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import keras
 import numpy as np
+from jax.core import Tracer
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from jaxwrap._bridge import get_bridge
@@ -123,8 +124,9 @@ def key_impl(value: Any) -> Any:
 
 def mesh_sharding(value: Any) -> jax.sharding.NamedSharding | None:
     """Return how an array lies on a mesh. None for a tensor that is on one device."""
-    sharding = getattr(value, "sharding", None)
-    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return None
+    return value.sharding if isinstance(value.sharding, jax.sharding.NamedSharding) else None
 
 
 def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
@@ -140,15 +142,63 @@ def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
 
 
 def to_host(variable: keras.Variable) -> np.ndarray:
-    """Return the value of a variable as a NumPy array of its own, in the variable's dtype."""
-    value = variable.value
+    """Return the value of a variable as a NumPy array of its own, in the variable's dtype.
+
+    If parts of it are on devices of other processes, all processes must call this, in the same order.
+    """
+    value = gathered(variable.value)
     if _is_float8(variable.dtype):  # PyTorch cannot convert it
         value = keras.ops.cast(value, "float32")
     return np.array(keras.ops.convert_to_numpy(value)).astype(variable.dtype, copy=False)
 
 
-def assign(variable: keras.Variable, value: np.ndarray) -> None:
-    """Assign a NumPy array to a variable."""
+def gathered(value: Any) -> Any:
+    """Return an array that has parts on devices of other processes as a whole, and any other value as it is."""
+    return _gather(value.sharding.mesh)(value) if is_elsewhere(value) else value
+
+
+@contextlib.contextmanager
+def gathered_on_host(variables: Iterable[keras.Variable], is_kept: bool) -> Iterator[None]:
+    """Gather what has parts on devices of other processes, one variable after the other. All processes enter.
+
+    Args:
+        variables: The variables.
+        is_kept: Whether this process reads NumPy arrays from them in this scope. It must not train then.
+    """
+    held: list[tuple[keras.Variable, Any]] = []
+    try:
+        for variable in variables:
+            if is_elsewhere(value := variable.value):
+                whole = to_host(variable)
+                if is_kept:
+                    held.append((variable, value))
+                    # Not `assign`, which would put it on the devices again.
+                    variable._value = whole
+        yield
+    finally:
+        for variable, value in held:
+            variable._value = value
+
+
+def is_elsewhere(value: Any) -> bool:
+    """Whether this process cannot read all of an array, as parts are on devices of other processes."""
+    on_mesh = mesh_sharding(value) is not None
+    return on_mesh and not value.is_fully_addressable and not value.is_fully_replicated
+
+
+@functools.cache
+def _gather(mesh: jax.sharding.Mesh) -> Callable[[Array], Array]:
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(lambda array: array, out_shardings=everywhere)
+
+
+def assign(variable: keras.Variable, value: Any) -> None:
+    """Assign an array to a variable: of NumPy, or of JAX that lies as the variable does."""
+    sharding = mesh_sharding(variable.value)
+    if sharding is not None and not isinstance(value, jax.Array):
+        host = np.asarray(value).astype(variable.dtype, copy=False)
+        # Each process puts its own parts in their places. No device holds the whole.
+        value = jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
     variable.assign(_to_tensor(value, variable.dtype))
 
 

@@ -1,6 +1,6 @@
 """Checks on eight virtual devices; `test_distribution.py` runs each in a process of its own.
 
-Argument: the name of a function. Each compares with one device in the same process.
+Arguments: names of functions, with an argument after "=". Each compares with one device in the same process.
 """
 
 import contextlib
@@ -75,6 +75,12 @@ def values(model):
     """Returns variables and optimizer state by path."""
     variables = [*model.variables, *model.optimizer.variables]
     return {v.path: keras.ops.convert_to_numpy(v.value) for v in variables}
+
+
+def flat(variables):
+    """Returns the arrays of nested dicts by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def spec(variable):
@@ -272,5 +278,27 @@ def functions_of_shards():
         np.testing.assert_array_equal(jax.jit(lambda x: fn(jnp.ones((8, 8))) + x)(x), x + 0.5)
 
 
+def loaded_elsewhere(folder):
+    """What two processes have written loads onto another mesh, and onto one device."""
+    expected = dict(np.load(pathlib.Path(folder, "expected.npz")))
+    for scope in (contextlib.nullcontext, lambda: devices((4, 2))):
+        model = make(momentum, scope())
+        layer = model.get_layer("net")
+        for path in sorted(pathlib.Path(folder).glob("weights.*")):
+            layer.set_variables(jax.tree.map(np.zeros_like, layer.get_variables()))
+            jaxwrap.checkpoints.load(layer, path)
+            received = flat(layer.get_variables())
+            assert received.keys() == expected.keys()
+            for name, value in expected.items():
+                np.testing.assert_array_equal(received[name], value, err_msg=f"{path} {name}")
+        with scope():
+            again = keras.models.load_model(pathlib.Path(folder, "model.keras"))
+        assert len(
+            again.get_layer("net").params["params"]["up"]["kernel"].value.sharding.device_set
+        ) in (1, 8)
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for check in sys.argv[1:]:
+        name, *arguments = check.split("=")
+        globals()[name](*arguments)
