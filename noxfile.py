@@ -193,6 +193,13 @@ def quickstart(session):
 
 
 @nox.session(python="3.11", default=False)
+def scale(session):
+    """Train a Flax transformer on two processes with four virtual devices each, and resume on one."""
+    install(session, session.python, ["jax"])
+    session.run("python", "examples/scale.py", env=ON_CPU)
+
+
+@nox.session(python="3.11", default=False)
 def benchmarks(session):
     """Compare jaxwrap with its rivals; `-- --backends jax --only eager` for some of it."""
     install(session, session.python, BACKENDS)

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxwrap._bridge import get_bridge
 from jaxwrap._dense import check_dense
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._pytree import Structure, partition, path_str
 from jaxwrap._typing import Array, PyTree
 
 # Pairs of sizes to try for unknown dimensions: primes first, which equal no known size by accident, then sizes that
-# functions can divide.
+# functions can divide. With a distribution, `_unit` times these.
 _SIZES = ((83, 89), (96, 192), (64, 128), (1, 2))
 
 
@@ -109,17 +110,29 @@ def partition_specs(nest: PyTree) -> tuple[list[Spec], Structure]:
 
 
 def placeholder(spec: Spec) -> Array:
-    """Make an input for `init`: ones, or zeros for integers and bools, with size 1 for an unknown size."""
+    """Make an input for `init`: ones, or zeros for integers and bools, of the smallest shape."""
     make = jnp.ones if jnp.issubdtype(spec.dtype, jnp.inexact) else jnp.zeros
-    return make(spec.fill(1), jax.dtypes.canonicalize_dtype(spec.dtype))
+    return make(smallest(spec), jax.dtypes.canonicalize_dtype(spec.dtype))
+
+
+def smallest(spec: Spec) -> tuple[int, ...]:
+    """Return the shape with size 1 for each unknown size. With a distribution, its number of devices."""
+    return spec.fill(_unit())
+
+
+def _unit() -> int:
+    """Return what unknown sizes are multiples of, so that the devices of a distribution can divide them."""
+    mesh = get_bridge().mesh()
+    return 1 if mesh is None else mesh.size
 
 
 def fillings(specs: PyTree) -> Iterator[PyTree]:
     """Yield the nest with one size for all unknown ones, for each size that `abstract_call` tries."""
     known, structure = partition_specs(specs)
     unknown = any(None in spec.shape for spec in known)
+    unit = _unit()
     for size, _ in _SIZES if unknown else _SIZES[:1]:
-        yield structure.unflatten([Spec(spec.fill(size), spec.dtype) for spec in known])
+        yield structure.unflatten([Spec(spec.fill(unit * size), spec.dtype) for spec in known])
 
 
 def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> PyTree:
@@ -142,18 +155,20 @@ def abstract_call(fn: Callable[..., PyTree], specs: PyTree, *more: PyTree) -> Py
             lambda output: Spec(output.shape, output.dtype.name),
             _eval_shape(fn, known, structure, 1, *more),
         )
-    error = None
+    error, unit = None, _unit()
     for sizes in _SIZES:
         try:
             # Two sizes tell a size of the output that follows them from one that only equals the first.
-            first, second = (_eval_shape(fn, known, structure, size, *more) for size in sizes)
+            first, second = (
+                _eval_shape(fn, known, structure, unit * size, *more) for size in sizes
+            )
         except Exception as raised:
             error = error or raised
         else:
             merged = jax.tree_util.tree_map(_merge, first, second)
             if _may_be_cropped(known, merged):
                 with contextlib.suppress(Exception):  # the function may need larger sizes
-                    small = _eval_shape(fn, known, structure, 2, *more)
+                    small = _eval_shape(fn, known, structure, unit * 2, *more)
                     merged = jax.tree_util.tree_map(_merge, merged, small)
             return merged
     assert error is not None

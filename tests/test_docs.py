@@ -49,6 +49,7 @@ NAMES = [
     *(f"reparametrizations.{name}" for name in jaxwrap.reparametrizations.__all__),
     "checkpoints.save",
     "checkpoints.load",
+    "checkpoints.save_model",
     "testing.check_adapter",
 ]
 

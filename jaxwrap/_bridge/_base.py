@@ -149,6 +149,14 @@ class Bridge(abc.ABC):
     def check_whole(self, layer: Any, variables: Sequence[Any]) -> None:  # noqa: B027 (nothing to refuse)
         """Raise RuntimeError if the backend has put other parameters around a layer than its variables."""
 
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """Return the devices of the distribution that is set now, if the backend's tensors are arrays on them."""
+        return None
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Enter a scope in which JAX functions see the mesh of `mesh`, if there is one."""
+        return contextlib.nullcontext()
+
     @abc.abstractmethod
     def wrap(
         self,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from jax.core import Tracer
 
@@ -64,6 +66,20 @@ class JaxBridge(Bridge):
             )
         return None
 
+    def mesh(self) -> jax.sharding.Mesh | None:
+        distribution = keras.distribution.distribution()
+        return None if distribution is None else distribution.device_mesh.backend_mesh
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        if (mesh := self.mesh()) is None:
+            return contextlib.nullcontext()
+        try:
+            # With its devices: a function of arrays on one device, or of none, runs on the mesh too.
+            return jax.set_mesh(mesh)
+        except ValueError:
+            # Inside a trace, which has devices of its own.
+            return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
     def wrap(
         self,
         fn: FlatFunction,
@@ -74,9 +90,12 @@ class JaxBridge(Bridge):
 
         def call(*tensors: Tensor) -> FlatResult:
             # Inside a trace the caller's own jit compiles the whole. A nested one would only hide the function.
-            if any(issubclass(kind, Tracer) for kind in set(map(type, tensors))):
-                return fn(*tensors)
-            return jitted(*tensors)
+            is_traced = any(issubclass(kind, Tracer) for kind in set(map(type, tensors)))
+            run = fn if is_traced else jitted
+            if self.mesh() is None:
+                return run(*tensors)
+            with self.on_mesh():
+                return run(*tensors)
 
         return call
 

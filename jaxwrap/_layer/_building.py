@@ -13,7 +13,7 @@ from jax.extend.core import jaxpr_as_fun
 from jaxwrap._layer._inputs import placeholders
 from jaxwrap._pytree import is_array, partition
 from jaxwrap._serialization import check_size
-from jaxwrap._specs import Spec, partition_specs
+from jaxwrap._specs import Spec, partition_specs, smallest
 from jaxwrap._tracing import outside_traces
 from jaxwrap._typing import Array, PyTree
 from jaxwrap._weights import Plan
@@ -110,7 +110,7 @@ def _traced(engine: Engine, specs: dict[str, PyTree]) -> tuple[Traced, Any]:
 def _check_sizes(engine: Engine, specs: dict[str, PyTree]) -> None:
     """Raise ValueError if inputs or weights do not fit into memory: their shapes come from a file."""
     known, structure = partition_specs(specs)
-    inputs = [jax.ShapeDtypeStruct(spec.fill(1), spec.dtype) for spec in known]
+    inputs = [jax.ShapeDtypeStruct(smallest(spec), spec.dtype) for spec in known]
 
     def arrays_of(inputs: list[Any]) -> list[Any]:
         return partition(engine.init(structure.unflatten(inputs)), is_array)[0]

@@ -192,7 +192,7 @@ class Engine:
 
     def _survey(self, training: bool) -> Survey:
         if training not in self._surveys:
-            with self.lock:
+            with self.lock, get_bridge().on_mesh():
                 self._surveys[training] = survey(self, training)
         return self._surveys[training]
 
@@ -237,7 +237,7 @@ class Engine:
         # Keras may trace `init` for shapes before. The values must not depend on how often.
         self.seeds.restart()
         keys = self.seeds.to_keys(self.layer._get_init_rng())
-        with explained():
+        with get_bridge().on_mesh(), explained():
             made = self.adapter.init(keys, self.inputs.for_adapter(arguments))
         if not isinstance(made, tuple) or len(made) != 2:
             raise TypeError(
@@ -323,7 +323,7 @@ class Engine:
 
     def trace(self, specs: dict[str, PyTree], training: bool) -> dict[str, PyTree]:
         """Trace the model without data: see `abstract_result`."""
-        with self.lock:  # draws initial seeds
+        with self.lock, get_bridge().on_mesh():  # draws initial seeds
             return abstract_result(self, specs, training)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import keras
-import numpy as np
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._training._rate import value_of
 from jaxwrap._training._update import Step
-from jaxwrap._weights._variables import assign, read, to_host
+from jaxwrap._typing import Tensor
+from jaxwrap._weights._variables import current_values, read
 
 
 def make_step(optimizer: Any, variables: Sequence[keras.Variable]) -> Step:
@@ -46,11 +46,11 @@ def make_step(optimizer: Any, variables: Sequence[keras.Variable]) -> Step:
     return step
 
 
-def untrack(optimizer: Any) -> dict[Any, np.ndarray]:
+def untrack(optimizer: Any) -> dict[Any, Tensor]:
     """Forget the variables of an optimizer that is to be built again. Return their values, by what they belong to."""
     keys = _keys(optimizer)
     # Keras makes its own variables again, and their places change.
-    values = {key: to_host(variable) for key, variable in keys.items()}
+    values = dict(zip(keys, current_values(keys.values()), strict=True))
     for variable in optimizer.variables:
         # The constructor of Keras made these two, and `build` does not make them again.
         if variable is not optimizer._iterations and variable is not optimizer._learning_rate:
@@ -60,15 +60,15 @@ def untrack(optimizer: Any) -> dict[Any, np.ndarray]:
 
 
 def restore(
-    optimizer: Any, values: Mapping[Any, np.ndarray], variables: Sequence[keras.Variable]
+    optimizer: Any, values: Mapping[Any, Tensor], variables: Sequence[keras.Variable]
 ) -> None:
     """Assign the values from before to the variables that stay."""
     if not values:
         return
     for key, variable in _keys(optimizer).items():
         value = values.get(key)
-        if value is not None and value.shape == tuple(variable.shape):
-            assign(variable, value)
+        if value is not None and tuple(value.shape) == tuple(variable.shape):
+            variable.assign(value)
     if optimizer.use_ema:
         # The average of a new variable begins with its value.
         averages = optimizer._model_variables_moving_average

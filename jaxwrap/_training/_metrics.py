@@ -17,7 +17,7 @@ from jaxwrap._training._predictions import PairFunction, predictions_first
 from jaxwrap._training._printing import name_of
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._state import State
-from jaxwrap._weights._variables import assign
+from jaxwrap._weights._variables import assign, to_host
 
 _FUNCTIONS = ("fn", "init", "update", "compute")
 
@@ -144,6 +144,8 @@ class _Stateful:
         self._takes_weights = "sample_weight" in inspect.signature(update).parameters
         self._state = State(owner, "state", init)
         self.variables = self._state.variables
+        # Copies on the host: on JAX, `fit` donates and deletes the buffers of variables.
+        self._initial = [to_host(variable) for variable in self.variables]
 
         def updated(_: PyTree, batch: PyTree, old: PyTree) -> tuple[PyTree, PyTree]:
             y_true, y_pred, weights = batch
@@ -181,7 +183,7 @@ class _Stateful:
 
     def reset_state(self) -> None:
         """Assign the first state."""
-        for variable, value in zip(self.variables, self._state.initial, strict=True):
+        for variable, value in zip(self.variables, self._initial, strict=True):
             assign(variable, value)
 
 

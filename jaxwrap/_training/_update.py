@@ -44,7 +44,7 @@ class Step:
         self.params = Params(variables)
         self._recipe = recipe
         transformation = recipe.make(rate)
-        tree = self.params.tree([to_host(variable) for variable in variables])
+        tree = self.params.tree(_values(variables))
         if optimizer._own.is_from_file:
             # By `eval_shape`, which allocates nothing.
             check_size(jax.tree.leaves(jax.eval_shape(lambda: init(transformation, tree))))
@@ -57,9 +57,14 @@ class Step:
             kind, index = self.params.index(path)
             return seen.setdefault(kind, len(seen)), index
 
-        self.state = State(
-            optimizer, "opt_state", lambda tree: init(transformation, tree), (tree,), rank
-        )
+        def like(path: tuple[str, ...]) -> keras.Variable | None:
+            _, index = self.params.index(path)
+            return None if index < 0 else self.params.variables[index]
+
+        def first(tree: PyTree) -> PyTree:
+            return init(transformation, tree)
+
+        self.state = State(optimizer, "opt_state", first, (tree,), rank, like)
         self._update = PytreeFunction(self._call)
 
     def __call__(
@@ -111,6 +116,17 @@ class Step:
         ]
         problem = "the transformation has changed the structure of its state."
         return (), (new, self.state.encode(state, problem))
+
+
+def _values(variables: Sequence[keras.Variable]) -> list[Any]:
+    """Return the values of variables: on the host, or where they are if they are on a mesh."""
+    if get_bridge().mesh() is None:
+        return [to_host(variable) for variable in variables]
+    values = current_values(variables)
+    for value in values:
+        if isinstance(value, jax.core.Tracer):
+            raise jax.errors.TracerArrayConversionError(value)
+    return values
 
 
 def tap(loss: Array, receive: Callable[[Array], Any]) -> Array:

@@ -21,7 +21,15 @@ from jaxwrap._weights._axes import Axes, is_spread, of_part
 from jaxwrap._weights._devices import axes_of, layout_like
 from jaxwrap._weights._reparametrization import Layout, RealImaginary, Reparametrization
 from jaxwrap._weights._rules import Rule
-from jaxwrap._weights._variables import Initial, array_of, assign, dtype_of, key_impl, to_host
+from jaxwrap._weights._variables import (
+    Initial,
+    array_of,
+    assign,
+    dtype_of,
+    gathered,
+    key_impl,
+    to_host,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +306,7 @@ class Leaf:
             )
             return [], [f"  key: {self.path} is {expected}; received {received}"]
         # A copy: the caller may write to the array later.
-        array = next(host_copies([array_of(value)]))
+        array = next(host_copies([gathered(array_of(value))]))
         problems = []
         if array.shape != self.shape:
             problems.append(f"  shape: {self.path} is {self.shape}; received {array.shape}")

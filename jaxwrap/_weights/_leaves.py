@@ -72,10 +72,12 @@ class Leaves:
         leaves: Sequence[Leaf],
         values: Sequence[Any],
         order: Iterable[int] = (),
+        is_copied: bool = True,
     ) -> Leaves:
-        """Make the variables, with copies of `values`. The owner must still track them."""
+        """Make the variables of `values`. The owner must still track them. See `create_variables`."""
         places = tuple(order) or tuple(range(len(leaves)))
-        fill(owner, [leaves[place] for place in places], (values[place] for place in places))
+        ordered = (values[place] for place in places)
+        fill(owner, [leaves[place] for place in places], ordered, is_copied=is_copied)
         return cls(structure, leaves, places)
 
     def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Leaves:
@@ -230,7 +232,11 @@ class Leaves:
 
 
 def fill(
-    owner: Any, leaves: Sequence[Leaf], values: Iterable[Any], outer: Sequence[str] | None = None
+    owner: Any,
+    leaves: Sequence[Leaf],
+    values: Iterable[Any],
+    outer: Sequence[str] | None = None,
+    is_copied: bool = True,
 ) -> None:
     """Make the variables of leaves: see `create_variables`. The owner knows none of them before all are made.
 
@@ -242,7 +248,7 @@ def fill(
     groups = [[pair] for pair in pairs if pair[0].form is not None]
     for group in (*groups, [pair for pair in pairs if pair[0].form is None]):
         initials = [leaf.initials(value) for leaf, value in group]
-        fill_with(owner, [leaf for leaf, _ in group], initials, outer)
+        fill_with(owner, [leaf for leaf, _ in group], initials, outer, is_copied=is_copied)
 
 
 def fill_with(
@@ -251,9 +257,10 @@ def fill_with(
     initials: Sequence[Sequence[Initial]],
     outer: Sequence[str] | None = None,
     make: Make | None = None,
+    is_copied: bool = True,
 ) -> None:
     """Make the variables of leaves as they are described: see `create_variables`."""
     flat = [one for part in initials for one in part]
-    made = iter(create_variables(owner, flat, outer, make))
+    made = iter(create_variables(owner, flat, outer, make, is_copied))
     for leaf, part in zip(leaves, initials, strict=True):
         leaf.variables = tuple(itertools.islice(made, len(part)))

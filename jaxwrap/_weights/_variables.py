@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import keras
 import numpy as np
+from jax.core import Tracer
 from keras.src.backend.common.name_scope import current_path
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
@@ -28,7 +29,7 @@ class Initial(NamedTuple):
 
     Attributes:
         path: The names below its owner.
-        value: The first value, which is copied.
+        value: The first value.
         dtype: The dtype.
         trainable: Whether it can be trained.
         aggregation: What Keras makes of the values that replicas on several devices assign.
@@ -50,8 +51,9 @@ def create_variables(
     initials: Sequence[Initial],
     outer: Sequence[str] | None = None,
     make: Make | None = None,
+    is_copied: bool = True,
 ) -> list[keras.Variable]:
-    """Create variables that are named by paths below their owner, with copies of values.
+    """Create variables that are named by paths below their owner.
 
     Args:
         owner: Its name begins the paths.
@@ -59,6 +61,7 @@ def create_variables(
         outer: The names above the owner in the paths of its first variables. None for the first ones.
         make: Makes the values with the shardings of JAX that it gets. They are not copied. `initials` then have
             structs in the place of values.
+        is_copied: Whether to copy the values. If not, they are arrays on a mesh that nobody else holds.
     """
     variables = []
     # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
@@ -66,9 +69,12 @@ def create_variables(
     parent = None if outer is None else "/".join(outer)
     with keras.name_scope(owner.name, caller=owner, override_parent=parent):
         values = [one.value if make else array_of(one.value) for one in initials]
-        layouts = _layouts(owner, initials, values)
-        shardings = list(map(sharding_of, layouts))
-        copies = iter(make(shardings)) if make else get_bridge().copies(values, shardings)
+        if is_copied:
+            layouts = _layouts(owner, initials, values)
+            shardings = list(map(sharding_of, layouts))
+            copies = iter(make(shardings)) if make else get_bridge().copies(values, shardings)
+        else:
+            layouts, copies = list(map(mesh_sharding, values)), iter(values)
         pairs = zip(initials, layouts, strict=True)
         for scopes, together in itertools.groupby(pairs, lambda pair: pair[0].path[:-1]):
             with contextlib.ExitStack() as stack:
@@ -163,6 +169,13 @@ def key_impl(value: Any) -> Any:
     return jax.random.key_impl(value)
 
 
+def mesh_sharding(value: Any) -> jax.sharding.NamedSharding | None:
+    """Return how an array lies on a mesh. None for a tensor that is on one device."""
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return None
+    return value.sharding if isinstance(value.sharding, jax.sharding.NamedSharding) else None
+
+
 def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
     """Return `variable.value` for each, in less time. Our variables are never cast for a call."""
     # In such a scope, Keras keeps the values elsewhere, and `_value` is out of date.
@@ -176,8 +189,11 @@ def current_values(variables: Iterable[keras.Variable]) -> list[Any]:
 
 
 def to_host(variable: keras.Variable) -> np.ndarray:
-    """Return the value of a variable as a NumPy array of its own, in the variable's dtype."""
-    value = variable.value
+    """Return the value of a variable as a NumPy array of its own, in the variable's dtype.
+
+    If parts of it are on devices of other processes, all processes must call this, in the same order.
+    """
+    value = gathered(variable.value)
     if _is_float8(variable.dtype):  # PyTorch cannot convert it
         value = keras.ops.cast(value, "float32")
     return np.array(read(value)).astype(variable.dtype, copy=False)
@@ -191,8 +207,53 @@ def read(value: Any) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(value))
 
 
-def assign(variable: keras.Variable, value: np.ndarray) -> None:
-    """Assign a NumPy array to a variable."""
+def gathered(value: Any) -> Any:
+    """Return an array that has parts on devices of other processes as a whole, and any other value as it is."""
+    return _gather(value.sharding.mesh)(value) if is_elsewhere(value) else value
+
+
+@contextlib.contextmanager
+def gathered_on_host(variables: Iterable[keras.Variable], is_kept: bool) -> Iterator[None]:
+    """Gather what has parts on devices of other processes, one variable after the other. All processes enter.
+
+    Args:
+        variables: The variables.
+        is_kept: Whether this process reads NumPy arrays from them in this scope. It must not train then.
+    """
+    held: list[tuple[keras.Variable, Any]] = []
+    try:
+        for variable in variables:
+            if is_elsewhere(value := variable.value):
+                whole = to_host(variable)
+                if is_kept:
+                    held.append((variable, value))
+                    # Not `assign`, which would put it on the devices again.
+                    variable._value = whole
+        yield
+    finally:
+        for variable, value in held:
+            variable._value = value
+
+
+def is_elsewhere(value: Any) -> bool:
+    """Whether this process cannot read all of an array, as parts are on devices of other processes."""
+    on_mesh = mesh_sharding(value) is not None
+    return on_mesh and not value.is_fully_addressable and not value.is_fully_replicated
+
+
+@functools.cache
+def _gather(mesh: jax.sharding.Mesh) -> Callable[[Array], Array]:
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(lambda array: array, out_shardings=everywhere)
+
+
+def assign(variable: keras.Variable, value: Any) -> None:
+    """Assign an array to a variable: of NumPy, or of JAX that lies as the variable does."""
+    sharding = mesh_sharding(variable.value)
+    if sharding is not None and not isinstance(value, jax.Array):
+        host = np.asarray(value).astype(variable.dtype, copy=False)
+        # Each process puts its own parts in their places. No device holds the whole.
+        value = jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
     variable.assign(_to_tensor(value, variable.dtype))
 
 

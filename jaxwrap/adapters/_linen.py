@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -17,6 +18,7 @@ from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
+from jaxwrap.adapters._axis_rules import AxisRules, axis_rules_scope, check_axis_rules
 from jaxwrap.adapters._boxes import specs_of, unboxed
 from jaxwrap.adapters._capture import Capture, LinenCapture
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, STATE, TRAINABLE, Collections
@@ -47,6 +49,7 @@ class Linen(Adapter):
     training_argument: str | None = AUTO
     output: str | int | None = None
     capture: Sequence[str] = ()
+    axis_rules: AxisRules = None
 
     passes_all_keys: ClassVar[bool] = False
 
@@ -57,6 +60,7 @@ class Linen(Adapter):
         if not isinstance(self.module, linen.Module):
             raise TypeError(f"expected a `flax.linen.Module`; received {self.module!r}.")
         check_types(rngs=(self.rngs, "names, with integers or None for seeds, or None"))
+        check_axis_rules(self.axis_rules)
         _ = self._roles, self._arguments, self._capture  # raise early
 
     @functools.cached_property
@@ -92,7 +96,9 @@ class Linen(Adapter):
 
     def init(self, keys: PyTree, inputs: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
         """Call `module.init`."""
-        return self.split(self.module.init(keys, inputs, training=True, method=self._run))
+        with axis_rules_scope(self.axis_rules):
+            variables = self.module.init(keys, inputs, training=True, method=self._run)
+        return self.split(variables)
 
     def call(
         self,
@@ -104,7 +110,6 @@ class Linen(Adapter):
     ) -> CallResult:
         """Call `module.apply`."""
         from flax.core import DenyList
-        from flax.errors import InvalidRngError
 
         fixed = self._roles.named(TRAINABLE, DROP)
         captured = LinenCapture(self._capture) if self._capture else None
@@ -121,16 +126,8 @@ class Linen(Adapter):
                 capture_intermediates=captured.filter if captured else False,
             )
 
-        if self.rngs is not None or self.passes_all_keys:
-            outputs, changed = apply(keys)
-        elif training:
-            outputs, changed = apply(_with_default_stream(keys))
-        else:
-            try:
-                outputs, changed = apply({})
-            # Keys only if it fails without: most modules draw nothing in inference, and seeds must not move.
-            except InvalidRngError:
-                outputs, changed = apply(_with_default_stream(keys))
+        with axis_rules_scope(self.axis_rules):
+            outputs, changed = self._with_keys(apply, keys, training)
         values = None
         if captured:
             changed, values = captured.take(changed)
@@ -138,6 +135,18 @@ class Linen(Adapter):
         new_state = {name: changed.get(name, old) for name, old in (state or {}).items()}
         result = self._roles.result(outputs, unboxed(new_state), changed)
         return result if values is None else self._capture.add(result, values)
+
+    def _with_keys(self, apply: Callable[[PyTree], Any], keys: PyTree, training: bool) -> Any:
+        """Call `apply` with the keys that the module needs."""
+        from flax.errors import InvalidRngError
+
+        if self.rngs is not None or self.passes_all_keys:
+            return apply(keys)
+        if not training:
+            # Keys only if it fails without: most modules draw nothing in inference, and seeds must not move.
+            with contextlib.suppress(InvalidRngError):
+                return apply({})
+        return apply(_with_default_stream(keys))
 
     def _run(self, module: Any, inputs: Mapping[str, PyTree], training: bool) -> Any:
         outputs = self._arguments.call(bind_method(module, self.method), inputs, training)
@@ -169,6 +178,7 @@ class Linen(Adapter):
             "training_argument": self.training_argument,
             "output": self.output,
             "capture": list(self.capture),
+            "axis_rules": serialize(self.axis_rules, "axis_rules"),
         }
 
     @classmethod
@@ -219,6 +229,9 @@ class FlaxLayer(JaxLayer):
         capture: Regular expressions for whole paths of submodules, `("Dense_0", "encoder/.*")`. The layer then returns
             `(outputs, captured)`, where `captured` has the output of each of them by its path: a tuple for a module
             that runs more than once.
+        axis_rules: What the logical names of axes in the module mean on the mesh of a `keras.distribution`, as pairs of
+            a name and None, an axis or several: `(("batch", "data"), ("mlp", "model"))`. By default the rules of the
+            context in which the layer is called.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
@@ -252,12 +265,20 @@ class FlaxLayer(JaxLayer):
         training_argument: str | None = AUTO,
         output: str | int | None = None,
         capture: Sequence[str] = (),
+        axis_rules: AxisRules = None,
         **kwargs: Any,
     ):
         overrides = type(self)._get_call_rng is not JaxLayer._get_call_rng
         with naming(describe(self, kwargs.get("name"))):
             adapter = (LinenWithAllKeys if overrides else Linen)(
-                module, method, collections, rngs, training_argument, output, capture
+                module,
+                method,
+                collections,
+                rngs,
+                training_argument,
+                output,
+                capture,
+                axis_rules,
             )
             if variables is not None:
                 if not isinstance(variables, Mapping):

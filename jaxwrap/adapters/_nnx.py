@@ -18,6 +18,7 @@ from jaxwrap._layer._signature import AUTO
 from jaxwrap._serialization import serialize, serialize_by_name, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
+from jaxwrap.adapters._axis_rules import AxisRules, axis_rules_scope, check_axis_rules
 from jaxwrap.adapters._boxes import specs_of_variables
 from jaxwrap.adapters._capture import NnxCapture
 from jaxwrap.adapters._collections import DROP, LOSS, METRIC, OUTPUT, Collections
@@ -61,6 +62,7 @@ class NNX(Adapter):
     output: str | int | None = None
     factory: Callable[..., nnx.Module] | None = None
     capture: Sequence[str] = ()
+    axis_rules: AxisRules = None
 
     def __post_init__(self) -> None:
         require("flax", "0.12")
@@ -71,6 +73,7 @@ class NNX(Adapter):
                 f"expected an `nnx.Module`; received {self.module!r}. A function that makes one goes to "
                 "`NNXLayer.from_factory`."
             )
+        check_axis_rules(self.axis_rules)
         _ = self._roles, self._arguments  # raise early
         if self.module is not None and self.factory is not None:
             check_factory(self._values(self.module), self._values(abstract_module(self.factory)))
@@ -160,7 +163,8 @@ class NNX(Adapter):
 
         assert self.factory is not None
         # `nnx.Rngs` takes typed keys, and the keys of a layer are raw by default.
-        return self._values(make_module(self.factory, nnx.Rngs(typed(keys))))
+        with axis_rules_scope(self.axis_rules):
+            return self._values(make_module(self.factory, nnx.Rngs(typed(keys))))
 
     def call(
         self,
@@ -181,7 +185,9 @@ class NNX(Adapter):
         own = {}
         if self._takes_rngs:
             own["rngs"] = None if keys is None else nnx.Rngs(typed(keys))
-        outputs = self._arguments.call(bind_method(module, self.method), inputs, training, **own)
+        method = bind_method(module, self.method)
+        with axis_rules_scope(self.axis_rules):
+            outputs = self._arguments.call(method, inputs, training, **own)
         outputs = select_output(outputs, self.output)
         captured = self._capture.take(module) if self._capture else None
         sown = pop_collections(module, self._sown)
@@ -219,6 +225,7 @@ class NNX(Adapter):
             "output": self.output,
             "factory": serialize(self.factory, "factory"),
             "capture": list(self.capture),
+            "axis_rules": serialize(self.axis_rules, "axis_rules"),
         }
 
     def _module_config(self) -> Any:
@@ -266,6 +273,7 @@ class NNXLayer(JaxLayer):
         factory: A function that makes such a module: see `from_factory`. Files name it, and `module` gives the values.
             With None for `module` it gives the values too.
         capture: Submodules whose outputs the layer returns too, by their paths: see `FlaxLayer`.
+        axis_rules: See `FlaxLayer`.
         **kwargs: The other arguments of `JaxLayer`: `seed`, `rules`, `name`, `dtype`, ...
 
     Attributes:
@@ -296,6 +304,7 @@ class NNXLayer(JaxLayer):
         output: str | int | None = None,
         factory: Callable[..., nnx.Module] | None = None,
         capture: Sequence[str] = (),
+        axis_rules: AxisRules = None,
         **kwargs: Any,
     ):
         # `trained` comes from a config, where `trainable` is the bool of every layer.
@@ -303,9 +312,8 @@ class NNXLayer(JaxLayer):
         if isinstance(trainable, bool):
             kwargs["trainable"] = trainable
         with naming(describe(self, kwargs.get("name"))):
-            adapter = NNX(
-                module, method, trained, collections, training_argument, output, factory, capture
-            )
+            options = (collections, training_argument, output, factory, capture, axis_rules)
+            adapter = NNX(module, method, trained, *options)
         super().__init__(adapter, **kwargs)
 
     @property

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import keras
-import numpy as np
 
 from jaxwrap._errors import describe, naming
-from jaxwrap.checkpoints._atomic import existing, replacing
+from jaxwrap.checkpoints._atomic import existing
 from jaxwrap.checkpoints._base import OpenFile
 from jaxwrap.checkpoints._formats import find_format
+from jaxwrap.checkpoints._models import save_model
 from jaxwrap.checkpoints._owner import TRAINABLE, owner_of
 from jaxwrap.checkpoints._plan import Entry, Names, Plan, make_plan, rename, resolve
+from jaxwrap.checkpoints._processes import replacing_together, writes
 
-__all__ = ["Plan", "load", "save"]
+__all__ = ["Plan", "load", "save", "save_model"]
 
 _UNCHANGED = "No weight has been changed. It may be damaged, or in another format: pass `format=`."
 _CHANGED = "It passed the first reading and failed in the second, so some weights have been changed: load it again."
@@ -38,6 +40,10 @@ def save(
     hold nested dicts, the same as `layer.get_variables()`. `.safetensors` and `.npz` hold flat names. `.eqx` holds
     leaves without names, and for an `EquinoxLayer` those of the module. PRNG keys are written as their data. A failed
     or interrupted save leaves the file that was there before.
+
+    With several processes of JAX, all of them call this with one path, and wait for each other. Process 0 writes, and
+    arrays whose parts are on devices of several processes are gathered one by one. To Orbax, each process writes its
+    own parts.
 
     Args:
         layer: A built layer of jaxwrap, or a Keras model.
@@ -76,11 +82,18 @@ def save(
                 "`.safetensors`."
             )
         renamed = rename(list(owner.targets), names)
-        arrays = {
-            name: owner.targets[own].read() for own, name in renamed.items() if name is not None
-        }
-        with replacing(path) as temporary:
-            chosen.write(temporary, arrays, owner.tree)
+        arrays = {}
+        with replacing_together(path) as temporary:
+            for own, name in renamed.items():
+                if name is None:
+                    continue
+                target = owner.targets[own]
+                array = target.shards() if chosen.takes_shards else target.read()
+                # All processes take part in reading what lies on all of them.
+                if chosen.takes_shards or writes():
+                    arrays[name] = array
+            if chosen.takes_shards or writes():
+                chosen.write(temporary, arrays, owner.tree)
 
 
 def load(
@@ -150,10 +163,14 @@ def load(
         # Shapes and dtypes are known without reading arrays, so most problems show before.
         plan.check(path)
         targets = {row.name: str(row.target) for row in plan if row.is_loaded}
+        held, compared = owner.held(), {}
+        places = {
+            name: None if path in held else owner.targets[path].sharding()
+            for name, path in targets.items()
+        }
         bar = keras.utils.Progbar(2 * len(targets), unit_name="array") if progress else None
         # A damaged file may fail at its last array. To read it twice takes less memory than to keep all arrays.
-        held, compared = owner.held(), {}
-        for name, array in _arrays(file, targets, path):
+        for name, array in _arrays(file, places, path):
             if (target := targets[name]) in held:
                 compared[target] = array.astype(owner.targets[target].dtype, copy=False)
             if bar is not None:
@@ -163,7 +180,7 @@ def load(
                 f"the weights in {path} do not fit. No weight has been changed.\n"
                 + "\n".join(lines)
             )
-        for name, array in _arrays(file, targets, path, _CHANGED):
+        for name, array in _arrays(file, places, path, _CHANGED):
             target = owner.targets[targets[name]]
             target.write(array.astype(target.dtype, copy=False))
             if bar is not None:
@@ -172,8 +189,8 @@ def load(
 
 
 def _arrays(
-    file: OpenFile, names: Collection[str], path: pathlib.Path, outcome: str = _UNCHANGED
-) -> Iterator[tuple[str, np.ndarray]]:
+    file: OpenFile, names: Mapping[str, Any], path: pathlib.Path, outcome: str = _UNCHANGED
+) -> Iterator[tuple[str, Any]]:
     with _readable(path, outcome):
         yield from file.read(names)
 

@@ -6,10 +6,11 @@ import abc
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxwrap._typing import PyTree
 from jaxwrap.checkpoints._plan import Entry
@@ -22,11 +23,12 @@ class OpenFile(NamedTuple):
 
     Attributes:
         entries: The shape and dtype of each array in it, by name.
-        read: Reads the arrays with these names, one or a few at a time, in the order that suits the file.
+        read: Reads the arrays with these names, one or a few at a time, in the order that suits the file. A format that
+            takes shards reads those onto a mesh that have a sharding here.
     """
 
     entries: dict[str, Entry]
-    read: Callable[[Collection[str]], Iterator[tuple[str, np.ndarray]]]
+    read: Callable[[Mapping[str, NamedSharding | None]], Iterator[tuple[str, Any]]]
 
 
 class Format(abc.ABC):
@@ -36,11 +38,13 @@ class Format(abc.ABC):
         library: The library to import, or None.
         distribution: The name under which pip installs it.
         has_names: Whether files hold the names of arrays. If not, they hold the leaves of `tree` in order.
+        takes_shards: Whether arrays on a mesh are written and read in parts, by each process its own.
     """
 
     library: ClassVar[str | None] = None
     distribution: ClassVar[str | None] = None
     has_names: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = False
 
     @abc.abstractmethod
     def open(self, path: pathlib.Path, tree: PyTree) -> contextlib.AbstractContextManager[OpenFile]:
@@ -73,7 +77,7 @@ class FileFormat(Format):
             before = version(os.fstat(file.fileno()))
             entries, read = self.index(file, tree)
 
-            def checked(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+            def checked(names: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
                 for item in read(names):
                     # Libraries write over a file in place.
                     check_version(before, os.fstat(file.fileno()))

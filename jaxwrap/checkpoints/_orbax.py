@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ class Orbax(Format):
 
     library = "orbax"
     distribution = "orbax-checkpoint"
+    takes_shards = True
 
     @contextlib.contextmanager
     def open(self, path: pathlib.Path, tree: PyTree) -> Iterator[OpenFile]:
@@ -44,10 +45,15 @@ class Orbax(Format):
                 (name, Entry(tuple(leaf.shape), jnp.dtype(leaf.dtype).name))
                 for name, leaf in _flat(metadata)
             )
-            # Otherwise Orbax asks for the devices that wrote the file.
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
 
-            def read(names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+            def read(names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+                def kind(where: Any, leaf: Any) -> Any:
+                    if (sharding := names.get(path_str(where))) is None:
+                        # Otherwise Orbax asks for the devices that wrote the file.
+                        return ocp.RestoreArgs(restore_type=np.ndarray)
+                    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape))
+
+                kinds = jax.tree_util.tree_map_with_path(kind, metadata)
                 for batch in _batches({name: entries[name] for name in names}, _BATCH_BYTES):
                     item = jax.tree_util.tree_map_with_path(
                         lambda where, leaf, batch=batch: (

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import keras
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxwrap._errors import describe, naming
 from jaxwrap._layer import JaxLayer
 from jaxwrap._pytree import path_str
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._leaf import LeafPath
-from jaxwrap._weights._variables import assign, to_host
+from jaxwrap._weights._variables import assign, mesh_sharding, to_host
 
 # The names of a file that holds trained parts alone begin so.
 TRAINABLE = "trainable/"
@@ -28,16 +29,20 @@ class Target(NamedTuple):
         shape: Its shape.
         dtype: The name of its dtype.
         read: Returns the value.
-        write: Assigns a value of this shape and dtype.
+        write: Assigns a value of this shape and dtype. An array of JAX lies as `sharding` says.
         variables: The variables that hold it.
+        shards: Returns the value as an array of JAX if it lies on a mesh. Otherwise as `read` does.
+        sharding: Returns how the value lies on a mesh, or None.
         check: For a leaf whose value is that of another one, the path of the other, and what compares the two.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Any]
-    write: Callable[[np.ndarray], None]
+    write: Callable[[Any], None]
     variables: tuple[keras.Variable, ...]
+    shards: Callable[[], Any]
+    sharding: Callable[[], NamedSharding | None]
     check: tuple[str, Callable[[Mapping[str, Any]], list[str]]] | None = None
 
 
@@ -179,26 +184,35 @@ def _targets(layer: JaxLayer) -> dict[str, Target]:
             if leaf.layout is None:
                 targets[leaf.path] = _of_variable(leaf.variables[0])
                 continue
-            source = leaves.source(place)
+            source, read = leaves.source(place), functools.partial(leaves.read_leaf, place)
             targets[leaf.path] = Target(
                 leaf.shape,
                 leaf.stored,
-                functools.partial(leaves.read_leaf, place),
+                read,
                 leaf.write,
                 leaf.variables,
+                read,
+                lambda: None,
                 None if source is None else (source, leaves.check_tied),
             )
     return targets
 
 
 def _of_variable(variable: keras.Variable) -> Target:
-    def write(array: np.ndarray) -> None:
+    def write(array: Any) -> None:
         assign(variable, array)
         # JAX copies in the background, and keeps each array until then.
         jax.block_until_ready(variable.value)
 
+    def sharding() -> NamedSharding | None:
+        return mesh_sharding(variable.value)
+
+    def shards() -> Any:
+        return to_host(variable) if sharding() is None else variable.value
+
     read = functools.partial(to_host, variable)
-    return Target(tuple(variable.shape), variable.dtype, read, write, (variable,))
+    shape = tuple(variable.shape)
+    return Target(shape, variable.dtype, read, write, (variable,), shards, sharding)
 
 
 def _below(
