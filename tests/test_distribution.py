@@ -67,12 +67,8 @@ def test_axis_rules_that_flax_does_not_take_are_errors(rules):
 
 def test_two_processes_train_and_write_together(tmp_path):
     """What they write loads in one process, onto one device and onto another mesh."""
-    assert in_two_processes(tmp_path, "save") == [0, 0]
+    assert in_two_processes(tmp_path, "replicated,save") == [0, 0]
     on_eight_devices(f"loaded_elsewhere={tmp_path}")
-
-
-def test_two_processes_with_their_own_data(tmp_path):
-    assert in_two_processes(tmp_path, "replicated") == [0, 0]
 
 
 def test_two_processes_that_were_killed_go_on(tmp_path):
@@ -82,7 +78,7 @@ def test_two_processes_that_were_killed_go_on(tmp_path):
 
 def test_save_model_in_one_process(tmp_path):
     model = keras.Sequential([keras.Input((3,)), jaxwrap.FlaxLayer(nn.Dense(2))])
-    with pytest.raises(ValueError, match=r"save_model: expected a path that ends in \.keras"):
+    with pytest.raises(ValueError, match="save_model: expected a path that ends in"):
         jaxwrap.checkpoints.save_model(model, tmp_path / "model.msgpack")
     with pytest.raises(FileNotFoundError):
         jaxwrap.checkpoints.save_model(model, tmp_path / "nowhere/model.weights.h5")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+from jax.core import Tracer
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._function import PytreeFunction
@@ -124,7 +125,7 @@ def _values(variables: Sequence[keras.Variable]) -> list[Any]:
         return [to_host(variable) for variable in variables]
     values = current_values(variables)
     for value in values:
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             raise jax.errors.TracerArrayConversionError(value)
     return values
 

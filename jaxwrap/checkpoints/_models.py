@@ -44,10 +44,11 @@ def save_model(model: keras.Model, path: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"expected a path that ends in .keras or .weights.h5; received {path}."
             )
-    optimizer = [] if model.optimizer is None else model.optimizer.variables
+    optimizer = getattr(model, "optimizer", None)  # a model that is not compiled has none
+    variables = [*model.variables, *(optimizer.variables if optimizer else ())]
     with (
         replacing_together(path) as temporary,
-        gathered_on_host([*model.variables, *optimizer], writes()),
+        gathered_on_host(variables, writes()),
     ):
         if writes():
             # Keras asks for the suffix.

@@ -332,10 +332,14 @@ def a_collective_in_init_works_in_traces_too():
         layer = made()
         np.testing.assert_allclose(build(layer), 28 * x(2, 1), 1e-6)
         np.testing.assert_array_equal(layer.params.value, [28.0])
+    # Inside a distribution, functions see its mesh, and JAX lets them have no other one.
     with ModelParallel(layout_map=LayoutMap(MESH)).scope():
+        total = jax.shard_map(
+            lambda v: jax.lax.psum(v, "model"), in_specs=P("model"), out_specs=P(None)
+        )
         layer = made()
         layer.build((None, 1))
-    np.testing.assert_array_equal(layer.params.value, [28.0])
+    np.testing.assert_array_equal(layer.params.value, [12.0, 16.0])
 
 
 @check
