@@ -1056,3 +1056,49 @@ def test_a_merged_layer_compiles_to_what_a_plain_one_does():
     _, merged = dense(LoRA(2, dropout=0.5))
     merged.merge()
     assert program(merged) == program(plain)
+
+
+@jaxwrap.register_serializable("tests")
+@dataclasses.dataclass(frozen=True)
+class Logarithm(jaxwrap.Reparametrization):
+    def init(self, leaf, key):
+        if (leaf <= 0).any():
+            raise ValueError("a logarithm is for positive numbers.")
+        return {"log": jnp.log(leaf)}
+
+    def apply(self, parts, shape):
+        return jnp.exp(parts["log"])
+
+
+def test_a_value_that_cannot_be_split_changes_nothing(tmp_path):
+    def make(**kwargs):
+        params = {"a": models.x(3), "b": abs(models.x(2, 3))}
+        layer = JaxLayer(lambda params, x: x + params["a"], params=params, name="own", **kwargs)
+        return keras.Sequential([keras.Input((3,)), layer]), layer
+
+    base, own = make()
+    own.set_variables({"params": {"a": models.x(3) + 1, "b": -abs(models.x(2, 3))}, "state": None})
+    base.save_weights(tmp_path / "base.weights.h5")
+    checkpoints.save(own, tmp_path / "base.npz")
+    model, layer = make(rules={"params/b": Rule(reparametrize=Logarithm())})
+    before = values(layer)
+    for load in (
+        lambda: model.load_weights(tmp_path / "base.weights.h5"),
+        lambda: checkpoints.load(layer, tmp_path / "base.npz"),
+        lambda: layer.set_variables(own.get_variables()),
+    ):
+        with pytest.raises(ValueError, match=r"params/b, of shape \(2, 3\): a logarithm is for"):
+            load()
+        for path, value in values(layer).items():
+            np.testing.assert_array_equal(value, before[path])
+
+
+@pytest.mark.parametrize("form", [Int8(), Int4(), LoRA(2, base=Int8())])
+def test_leaves_that_are_read_and_written_again_stay(form):
+    _, layer = dense(form)
+    before = values(layer)
+    layer.set_variables(layer.get_variables())
+    for path, value in values(layer).items():
+        if value.dtype.kind in "iu":
+            np.testing.assert_array_equal(value, before[path])
+        np.testing.assert_allclose(value, before[path], 1e-6)
