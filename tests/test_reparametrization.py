@@ -1102,3 +1102,15 @@ def test_leaves_that_are_read_and_written_again_stay(form):
         if value.dtype.kind in "iu":
             np.testing.assert_array_equal(value, before[path])
         np.testing.assert_allclose(value, before[path], 1e-6)
+
+
+@pytest.mark.parametrize("library", ["nnx", "equinox"])
+def test_modules_with_the_weights_have_leaves(library):
+    _, layer, _, inputs = mixed(library, 0)
+    module = layer.module_with_weights()
+    if library == "nnx":
+        module.eval()
+        outputs = module(inputs)
+    else:
+        outputs = jax.vmap(eqx.nn.inference_mode(module))(inputs)
+    np.testing.assert_allclose(to_numpy(layer(inputs)), outputs, 1e-5, 1e-5)
