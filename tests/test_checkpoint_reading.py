@@ -15,6 +15,7 @@ from models import x
 from test_checkpoints import NATIVE, assert_equal, flat
 
 from jaxwrap import FlaxLayer, checkpoints
+from jaxwrap._weights import _targets
 
 pytestmark = pytest.mark.once
 KINDS = ["msgpack", "orbax", "safetensors", "npz", "eqx"]
@@ -40,14 +41,14 @@ def values(layer):
 
 def load_while(layer, path, monkeypatch, change):
     """Load, and make a change when the first weight is assigned."""
-    own, changes = checkpoints._owner.assign, [change]
+    own, changes = _targets.assign, [change]
 
     def assign(variable, value):
         own(variable, value)
         if changes:
             changes.pop()()
 
-    monkeypatch.setattr(checkpoints._owner, "assign", assign)
+    monkeypatch.setattr(_targets, "assign", assign)
     checkpoints.load(layer, path)
     assert not changes
 

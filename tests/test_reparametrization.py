@@ -9,7 +9,9 @@ import weakref
 import zlib
 from collections.abc import Callable
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import keras
@@ -22,7 +24,16 @@ from flax import nnx
 from zoo import ZOO
 
 import jaxwrap
-from jaxwrap import FlaxLayer, JaxLayer, OptaxOptimizer, Rule, checkpoints
+from jaxwrap import (
+    EquinoxLayer,
+    FlaxLayer,
+    HaikuLayer,
+    JaxLayer,
+    NNXLayer,
+    OptaxOptimizer,
+    Rule,
+    checkpoints,
+)
 from jaxwrap._weights._variables import to_host
 from jaxwrap.reparametrizations import (
     Float8,
@@ -884,3 +895,232 @@ def test_memory_holds_a_base_once(tmp_path):
         assert 1 < peak() < 1.75
     finally:
         tracemalloc.stop()
+
+
+def complex_linen():
+    class Modulus(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return abs(x * self.param("w", lambda key: COMPLEX))
+
+    return FlaxLayer(Modulus())
+
+
+def complex_nnx():
+    class Modulus(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(COMPLEX)
+
+        def __call__(self, x):
+            return abs(x * self.w[...])
+
+    return NNXLayer(Modulus())
+
+
+def complex_haiku():
+    def call(x):
+        return abs(x * hk.get_parameter("w", (3,), "complex64", init=lambda *_: COMPLEX))
+
+    return HaikuLayer(hk.transform(call))
+
+
+def complex_equinox():
+    class Modulus(eqx.Module):
+        w: jax.Array
+
+        def __call__(self, x):
+            return abs(x * self.w)
+
+    return EquinoxLayer(Modulus(COMPLEX))
+
+
+COMPLEX = jnp.array([1 + 2j, -3 + 0.5j, 2 - 1j], "complex64")
+COMPLEX_LAYERS = {
+    "function": lambda: JaxLayer(modulus, params={"w": COMPLEX}),
+    "linen": complex_linen,
+    "nnx": complex_nnx,
+    "haiku": complex_haiku,
+    "equinox": complex_equinox,
+}
+
+
+@pytest.mark.parametrize("library", COMPLEX_LAYERS)
+def test_complex_leaves_have_two_parts_in_each_library(library):
+    layer, inputs = COMPLEX_LAYERS[library](), models.x(2, 3)
+    np.testing.assert_allclose(to_numpy(layer(inputs)), abs(inputs * np.asarray(COMPLEX)), 1e-6)
+    assert [v.name for v in layer.trainable_variables] == ["real", "imaginary"]
+    (leaf,) = jax.tree.leaves(layer.get_variables())
+    np.testing.assert_array_equal(leaf, COMPLEX)
+    layer.set_variables(jax.tree.map(lambda leaf: 2 * leaf, layer.get_variables()))
+    np.testing.assert_allclose(to_numpy(layer(inputs)), 2 * abs(inputs * np.asarray(COMPLEX)), 1e-6)
+
+
+# Two leaves of one shape in each library.
+TIES = {
+    "function": ("params/second", "params/first"),
+    "linen": ("params/layers_1/kernel", "params/layers_0/kernel"),
+    "nnx": ("params/attention/query/kernel", "params/attention/key/kernel"),
+    "haiku": ("params/linear_1/w", "params/linear/w"),
+    "equinox": ("params/layers/2/weight", "params/layers/1/weight"),
+}
+
+
+def hk_twice(x):
+    return hk.Linear(4)(hk.Linear(4)(x))
+
+
+TIED_LAYERS = {
+    "function": lambda **kw: JaxLayer(
+        lambda params, x: x @ params["first"] @ params["second"],
+        params={"first": models.x(4, 4), "second": models.x(4, 4, seed=1)},
+        **kw,
+    ),
+    "linen": lambda **kw: FlaxLayer(nn.Sequential([nn.Dense(4), nn.Dense(4)]), **kw),
+    "nnx": lambda **kw: ZOO["nnx attention"].make(**kw),
+    "haiku": lambda **kw: HaikuLayer(hk.transform(hk_twice), **kw),
+    "equinox": lambda **kw: EquinoxLayer(
+        eqx.nn.MLP(4, 4, 4, 2, key=jax.random.key(0)), batch=True, **kw
+    ),
+}
+
+
+@pytest.mark.parametrize("library", TIED_LAYERS)
+def test_leaves_are_tied_in_each_library(library):
+    make, inputs = TIED_LAYERS[library], models.x(2, 4)
+    if library == "nnx":
+        inputs = ZOO["nnx attention"].inputs
+    base = make(seed=0)
+    base(inputs)
+    paths = list(leaves_of(base))
+    tied, other = TIES[library]
+    assert {tied, other} <= set(paths), paths
+    base.reparametrize(re.escape(tied), Tied(other))
+    layer = make(seed=0, rules=[(re.escape(tied), Rule(reparametrize=Tied(other)))])
+    outputs = to_numpy(layer(inputs))
+    np.testing.assert_allclose(outputs, to_numpy(base(inputs)), 1e-6, 1e-6)
+    assert len(layer.trainable_weights) == len(base.trainable_weights) == len(paths) - 1
+    leaves = leaves_of(layer)
+    np.testing.assert_array_equal(leaves[tied], leaves[other])
+    # The same without a tie, and with equal leaves.
+    base.merge()
+    np.testing.assert_allclose(to_numpy(base(inputs)), outputs, 1e-6, 1e-6)
+    assert len(base.trainable_weights) == len(paths)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("name", ["lora", "qlora", "weight norm", "spectral norm", "masked"])
+def test_second_order_is_that_of_jax(name, backend):
+    """The gradient, for the parts, of the squared norm of the gradient for the inputs."""
+    form, inputs = FORMS[name][0], models.x(3, 6)
+    layer = JaxLayer(
+        lambda params, x: jnp.tanh(x @ params).sum(),
+        params=models.x(6, 4),
+        rules={".*": Rule(reparametrize=form)},
+    )
+    layer(inputs)
+    for variable in layer.trainable_variables:
+        variable.assign(to_numpy(variable.value) + models.x(*variable.shape, seed=4))
+    parts = jax.tree.map(jnp.asarray, layer.get_variables(merged=False)["params"])
+    trained = {v.name: parts[v.name] for v in layer.trainable_variables}
+
+    def penalty(trained):
+        own = {**parts, **trained}
+        if "base" in own and isinstance(own["base"], dict):
+            own["base"] = form.base.apply(own["base"], (6, 4))
+        leaf = form.apply(own, (6, 4))
+        return (jax.grad(lambda x: jnp.tanh(x @ leaf).sum())(inputs) ** 2).sum()
+
+    expected = jax.grad(penalty)(trained)
+    found = backend.layer_penalty(layer, inputs)
+    for one, two in zip(found, expected.values(), strict=True):
+        np.testing.assert_allclose(to_numpy(one), two, 1e-4, 1e-4)
+
+
+@pytest.mark.trains
+def test_mixed_precision_trains_parts_in_float32():
+    rules = {".*/kernel": Rule(reparametrize=LoRA(2, base=Int8()))}
+    layer = FlaxLayer(nn.Dense(4), rules=rules, dtype="mixed_bfloat16")
+    model = keras.Sequential([keras.Input((6,)), layer])
+    model.compile("sgd", "mse")
+    before = values(layer)
+    model.fit(models.x(8, 6), np.ones((8, 4)), verbose=0)
+    after = values(layer)
+    moved = {path.rpartition("/")[2] for path in before if (before[path] != after[path]).any()}
+    # The gradient of `a` is zero while `b` is.
+    assert {"b", "bias"} <= moved <= {"a", "b", "bias"}
+    assert {v.name: v.dtype for v in layer.weights} == {
+        **dict.fromkeys(["bias", "scale", "a", "b"], "float32"),
+        "values": "int8",
+    }
+    assert keras.backend.standardize_dtype(layer(models.x(8, 6)).dtype) == "bfloat16"
+
+
+@pytest.mark.only("jax")
+def test_a_merged_layer_compiles_to_what_a_plain_one_does():
+    def program(layer):
+        layer(models.x(3, 6), training=True)
+        values = [[v.value for v in part] for part in (layer.trainable_variables, [])]
+        return jax.jit(layer.stateless_call).lower(*values, models.x(3, 6)).as_text()
+
+    _, plain = dense()
+    _, merged = dense(LoRA(2, dropout=0.5))
+    merged.merge()
+    assert program(merged) == program(plain)
+
+
+@jaxwrap.register_serializable("tests")
+@dataclasses.dataclass(frozen=True)
+class Logarithm(jaxwrap.Reparametrization):
+    def init(self, leaf, key):
+        if (leaf <= 0).any():
+            raise ValueError("a logarithm is for positive numbers.")
+        return {"log": jnp.log(leaf)}
+
+    def apply(self, parts, shape):
+        return jnp.exp(parts["log"])
+
+
+def test_a_value_that_cannot_be_split_changes_nothing(tmp_path):
+    def make(**kwargs):
+        params = {"a": models.x(3), "b": abs(models.x(2, 3))}
+        layer = JaxLayer(lambda params, x: x + params["a"], params=params, name="own", **kwargs)
+        return keras.Sequential([keras.Input((3,)), layer]), layer
+
+    base, own = make()
+    own.set_variables({"params": {"a": models.x(3) + 1, "b": -abs(models.x(2, 3))}, "state": None})
+    base.save_weights(tmp_path / "base.weights.h5")
+    checkpoints.save(own, tmp_path / "base.npz")
+    model, layer = make(rules={"params/b": Rule(reparametrize=Logarithm())})
+    before = values(layer)
+    for load in (
+        lambda: model.load_weights(tmp_path / "base.weights.h5"),
+        lambda: checkpoints.load(layer, tmp_path / "base.npz"),
+        lambda: layer.set_variables(own.get_variables()),
+    ):
+        with pytest.raises(ValueError, match=r"params/b, of shape \(2, 3\): a logarithm is for"):
+            load()
+        for path, value in values(layer).items():
+            np.testing.assert_array_equal(value, before[path])
+
+
+@pytest.mark.parametrize("form", [Int8(), Int4(), LoRA(2, base=Int8())])
+def test_leaves_that_are_read_and_written_again_stay(form):
+    _, layer = dense(form)
+    before = values(layer)
+    layer.set_variables(layer.get_variables())
+    for path, value in values(layer).items():
+        if value.dtype.kind in "iu":
+            np.testing.assert_array_equal(value, before[path])
+        np.testing.assert_allclose(value, before[path], 1e-6)
+
+
+@pytest.mark.parametrize("library", ["nnx", "equinox"])
+def test_modules_with_the_weights_have_leaves(library):
+    _, layer, _, inputs = mixed(library, 0)
+    module = layer.module_with_weights()
+    if library == "nnx":
+        module.eval()
+        outputs = module(inputs)
+    else:
+        outputs = jax.vmap(eqx.nn.inference_mode(module))(inputs)
+    np.testing.assert_allclose(to_numpy(layer(inputs)), outputs, 1e-5, 1e-5)

@@ -290,8 +290,7 @@ class Engine:
         """Read weights and seeds from the store that Keras passes to `load_own_variables`."""
         if self.weights is not None or store.keys():
             weights = self.built_weights()
-            seeds = self.seeds.states()
-            load(store, weights.targets, weights.in_order(), seeds, weights.params.check_tied)
+            load(store, weights.targets, weights.in_order(), self.seeds.states())
 
     def checkpoint_tree(self) -> PyTree:
         """Return the pytree that a checkpoint of the library holds, with a `LeafPath` for each weight."""

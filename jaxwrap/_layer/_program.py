@@ -118,7 +118,7 @@ class _Order:
         paths = [name for leaf in weights.leaves for name in leaf.names]
         self._names = [*paths, *("rng" for _ in generators)]
         seeds = len(self.held) - len(generators)
-        self._ends = (len(self._params), seeds, len(self.held))
+        self.ends = (len(self._params), seeds, len(self.held))
 
     def trained(self) -> tuple[bool, ...]:
         """Which parameters are trained now."""
@@ -133,7 +133,7 @@ class _Order:
         self, trained: Sequence[bool], updated: Collection[int], inputs: int
     ) -> tuple[Role, ...]:
         """The role of each tensor. The parameters in `updated` get new values, as state does."""
-        params, _, held = self._ends
+        params, _, held = self.ends
         own = [Role.PARAMETER if is_trained else Role.FROZEN for is_trained in trained]
         return (
             *(Role.STATE if n in updated else role for n, role in enumerate(own)),
@@ -145,7 +145,7 @@ class _Order:
         """Return the names of the tensors, by what JAX calls them in the function of `_flat_function`."""
         names = [*self._names, *inputs]
         flat = {f"arrays[{place}]": name for place, name in enumerate(names)}
-        params, state, _, fed = self.split(names)
+        params, state, _, fed = _split(self.ends, names)
         groups = enumerate((params, state, fed))
         return flat | {
             f"rest[{group}][{place}]": name
@@ -153,10 +153,11 @@ class _Order:
             for place, name in enumerate(part)
         }
 
-    def split(self, arrays: Sequence[Array]) -> tuple[Sequence[Array], ...]:
-        """Split them into parameters, state, seeds and inputs."""
-        one, two, three = self._ends
-        return arrays[:one], arrays[one:two], arrays[two:three], arrays[three:]
+
+def _split(ends: tuple[int, int, int], arrays: Sequence[Any]) -> tuple[Sequence[Any], ...]:
+    """Split the tensors of a call into parameters, state, seeds and inputs."""
+    one, two, three = ends
+    return arrays[:one], arrays[one:two], arrays[two:three], arrays[three:]
 
 
 class _Function(NamedTuple):
@@ -214,6 +215,11 @@ class Program:
         other._orders = {True: _Order(weights, generators), False: _Order(weights, ())}
         return other
 
+    def close(self) -> None:
+        """Let go of the variables, as JAX's caches may keep functions that hold this object."""
+        self.plans.clear()
+        self._orders.clear()
+
     def add(
         self, kind: Any, structure: Structure, places: Sequence[int], training: bool | None
     ) -> Plan:
@@ -266,11 +272,12 @@ class Program:
     def _flat_function(
         self, arguments: Structure, training: bool, order: _Order, draws: bool | None
     ) -> FlatFunction:
-        names = order.named(arguments.array_paths())
+        # Not the order, which holds the variables. JAX's caches may keep this function.
+        names, ends = order.named(arguments.array_paths()), order.ends
 
         def flat(*arrays: Array) -> FlatResult:
             # The states are arguments. Read from the variables, JAX would compile them in as constants.
-            params, state, seeds, fed = order.split(arrays)
+            params, state, seeds, fed = _split(ends, arrays)
             # Keys that nothing depends on may be any keys.
             states = seeds or [jnp.zeros(2, jnp.uint32) for _ in self._generators]
             with drawing(self._generators, states) as counted:

@@ -85,7 +85,9 @@ def _rebuild(engine: Engine, pairs: list[tuple[str, Rule]]) -> None:
 
 def _drop_compiled(engine: Engine) -> None:
     """Drop what has the old variables in it, so that memory need not hold them until all leaves are new ones."""
-    engine.program = None
+    if engine.program is not None:
+        engine.program.close()
+        engine.program = None
     for model in _models_with(engine.layer):
         # So has the optimizer. `fit` now asks for `compile`.
         model.train_function = model.test_function = model.predict_function = None

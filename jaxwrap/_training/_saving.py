@@ -13,6 +13,7 @@ from jaxwrap._serialization import deserialize, one_config, serialize, serialize
 from jaxwrap._training._rate import EXAMPLE
 from jaxwrap._weights._files import load, save, stored_paths
 from jaxwrap._weights._names import unique_names
+from jaxwrap._weights._targets import of_variable
 
 KERAS_ARGUMENTS = (
     "name",
@@ -83,7 +84,8 @@ def load_variables(optimizer: Any, store: Any) -> None:
     if set(saved) != set(own):
         # The same model, made again in one process, has other automatic names.
         own = dict(zip(saved, own.values(), strict=True))
-    load(store, lambda _: own, list(own), {})
+    targets = {path: of_variable(variable) for path, variable in own.items()}
+    load(store, lambda _: targets, list(own), {})
 
 
 def _by_path(optimizer: Any) -> dict[str, keras.Variable]:

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 
 from jaxwrap._dtypes import can_hold
-from jaxwrap._weights._leaf import Leaf
-from jaxwrap._weights._variables import assign, to_host
+from jaxwrap._weights._targets import Target, untied
+from jaxwrap._weights._variables import to_host
 
 # The list of all paths, so that a reader notices unexpected ones. And a checksum of all, since HDF5 has none.
 _PATHS = "paths"
@@ -46,19 +46,17 @@ def save(
 
 def load(
     store: Any,
-    targets: Callable[[Collection[str]], Mapping[str, keras.Variable | Leaf]],
+    targets: Callable[[Collection[str]], Mapping[str, Target]],
     in_order: Sequence[str],
     seeds: Mapping[str, keras.Variable],
-    check: Callable[[Mapping[str, np.ndarray]], list[str]] = lambda _: [],
 ) -> None:
     """Read a file of `save`, or of Keras's own layers, which number weights. Assign all or nothing.
 
     Args:
         store: The store that Keras passes to `load_own_variables`.
-        targets: Returns variables, or whole leaves, by their paths, for the paths in the file.
+        targets: Returns what is read into by its path, for the paths in the file.
         in_order: The paths of the leaves in the order of Keras's own layers.
         seeds: The states of seed generators by their names. Those that the file does not have keep their values.
-        check: Returns a line for each reason not to assign these arrays.
 
     Raises:
         ValueError: If weights are missing, not expected, or of another shape, with a line for each. Or if the file is
@@ -85,24 +83,16 @@ def load(
             "changed. The file is damaged. Use another copy."
         )
     for path, target in weights.items():
-        if isinstance(target, Leaf):
-            array = _from_file(arrays[path], target.stored)
-            arrays[path] = array.astype(target.stored, copy=False)
-            target.split(arrays[path])  # only to see whether it can be split
-        else:
-            arrays[path] = _from_file(arrays[path], target.dtype)
-    if lines := check(arrays):
+        arrays[path] = _from_file(arrays[path], target.dtype).astype(target.dtype, copy=False)
+        target.look(arrays[path])
+    if lines := untied(weights, arrays):
         raise ValueError(
             "the weights in the file do not fit the layer. No weight has been changed.\n"
             + "\n".join(lines)
         )
     # Each array goes as soon as it is assigned, so that memory never holds two copies of the whole.
     for path, target in weights.items():
-        array = arrays.pop(path)
-        if isinstance(target, Leaf):
-            target.write(array)
-        else:
-            assign(target, array)
+        target.write(arrays.pop(path))
     # The layer may have other streams than the one that wrote the file.
     for path, variable in own_seeds.items():
         if path in arrays:
@@ -128,23 +118,22 @@ def _unread(store: Any, key: str) -> Any:
 
 def _problems(
     entries: Mapping[str, tuple[str, Any]],
-    weights: Mapping[str, keras.Variable | Leaf],
+    weights: Mapping[str, Target],
     seeds: Mapping[str, keras.Variable],
 ) -> list[str]:
     """Return a line for each reason not to read the file."""
     found = {path for path in entries if not path.startswith(_SEEDS + "/")}
     problems = [f"  missing: {path}" for path in weights if path not in found]
     problems += [f"  unexpected: {path}" for path in entries if path in found - weights.keys()]
-    for path, variable in weights.items():
+    for path, target in weights.items():
         if path not in found:
             continue
         _, entry = entries[path]
         shape, dtype = tuple(entry.shape), entry.dtype
-        if shape != tuple(variable.shape):
-            problems.append(f"  shape: {path} is {tuple(variable.shape)}, in the file {shape}")
-        held = variable.stored if isinstance(variable, Leaf) else variable.dtype
-        if not _as_bits(dtype, held) and not can_hold(held, dtype):
-            problems.append(f"  dtype: {path} is {held}, in the file {dtype}")
+        if shape != target.shape:
+            problems.append(f"  shape: {path} is {target.shape}, in the file {shape}")
+        if not _as_bits(dtype, target.dtype) and not can_hold(target.dtype, dtype):
+            problems.append(f"  dtype: {path} is {target.dtype}, in the file {dtype}")
     for path in entries.keys() - found:
         _, entry = entries[path]
         name = path.removeprefix(_SEEDS + "/")

@@ -23,6 +23,7 @@ from jaxwrap._weights._patterns import match
 from jaxwrap._weights._reparametrization import Tied
 from jaxwrap._weights._rules import Rule, Rules
 from jaxwrap._weights._table import ModuleTable, WeightRow, WeightTable
+from jaxwrap._weights._targets import Target, of_leaf, of_variable
 from jaxwrap._weights._variables import Initial, Make, assign
 
 Join = Callable[[PyTree, PyTree], PyTree]
@@ -165,17 +166,20 @@ class Weights:
             for name, variable in zip(leaf.names, leaf.variables, strict=True)
         }
 
-    def targets(self, present: Collection[str]) -> dict[str, keras.Variable | Leaf]:
-        """Return what a file with these names is read into: variables by their paths, and leaves of parts as wholes.
+    def targets(self, whole: Collection[str] | None = None) -> dict[str, Target]:
+        """Return what files are read into, by path.
 
-        A file from before a leaf had parts, or from elsewhere, holds the leaf itself.
+        Args:
+            whole: The paths of leaves of parts to take as wholes, because a file has them. Of other leaves, the parts
+                are taken. None for all.
         """
-        targets: dict[str, keras.Variable | Leaf] = {}
-        for leaf in self.leaves:
-            if leaf.layout is not None and leaf.path in present:
-                targets[leaf.path] = leaf
-            else:
-                targets |= dict(zip(leaf.names, leaf.variables, strict=True))
+        targets: dict[str, Target] = {}
+        for leaves in (self.params, self.state):
+            for place, leaf in enumerate(leaves.leaves):
+                if leaf.layout is None or whole is None or leaf.path in whole:
+                    targets[leaf.path] = of_leaf(leaves, place)
+                else:
+                    targets |= zip(leaf.names, map(of_variable, leaf.variables), strict=True)
         return targets
 
     def matching(self, pattern: str) -> list[Leaf]:

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from jaxwrap._errors import describe, naming
+from jaxwrap._weights._targets import untied
 from jaxwrap.checkpoints._atomic import existing
 from jaxwrap.checkpoints._base import OpenFile
 from jaxwrap.checkpoints._formats import find_format
@@ -155,7 +156,7 @@ def load(
         renamed = resolve(rename(list(file.entries), names), weights, owner.spellings)
         there = set(renamed.values())
         # The value of a tied leaf need not be in the file.
-        wanted = {p: e for p, e in weights.items() if p in there or not owner.targets[p].check}
+        wanted = {p: e for p, e in weights.items() if p in there or not owner.targets[p].tie}
         plan = make_plan(file.entries, renamed, wanted, only)
         if dry_run:
             print(plan)  # noqa: T201 (the purpose of a dry run)
@@ -171,11 +172,14 @@ def load(
         bar = keras.utils.Progbar(2 * len(targets), unit_name="array") if progress else None
         # A damaged file may fail at its last array. To read it twice takes less memory than to keep all arrays.
         for name, array in _arrays(file, places, path):
-            if (target := targets[name]) in held:
-                compared[target] = array.astype(owner.targets[target].dtype, copy=False)
+            own = targets[name]
+            value = array.astype(owner.targets[own].dtype, copy=False)
+            owner.targets[own].look(value)
+            if own in held:
+                compared[own] = value
             if bar is not None:
                 bar.add(1)
-        if lines := owner.problems(compared):
+        if lines := untied(owner.targets, compared):
             raise ValueError(
                 f"the weights in {path} do not fit. No weight has been changed.\n"
                 + "\n".join(lines)

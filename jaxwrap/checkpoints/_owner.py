@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import keras
-import numpy as np
-from jax.sharding import NamedSharding
 
 from jaxwrap._errors import describe, naming
 from jaxwrap._layer import JaxLayer
 from jaxwrap._pytree import path_str
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._leaf import LeafPath
-from jaxwrap._weights._variables import assign, mesh_sharding, to_host
+from jaxwrap._weights._targets import Target, of_variable
 
 # The names of a file that holds trained parts alone begin so.
 TRAINABLE = "trainable/"
-
-
-class Target(NamedTuple):
-    """A weight as a checkpoint has it: a variable, or a leaf that is computed from several.
-
-    Attributes:
-        shape: Its shape.
-        dtype: The name of its dtype.
-        read: Returns the value.
-        write: Assigns a value of this shape and dtype. An array of JAX lies as `sharding` says.
-        variables: The variables that hold it.
-        shards: Returns the value as an array of JAX if it lies on a mesh. Otherwise as `read` does.
-        sharding: Returns how the value lies on a mesh, or None.
-        check: For a leaf whose value is that of another one, the path of the other, and what compares the two.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], Any]
-    write: Callable[[Any], None]
-    variables: tuple[keras.Variable, ...]
-    shards: Callable[[], Any]
-    sharding: Callable[[], NamedSharding | None]
-    check: tuple[str, Callable[[Mapping[str, Any]], list[str]]] | None = None
 
 
 class Owner(NamedTuple):
@@ -61,13 +34,8 @@ class Owner(NamedTuple):
 
     def held(self) -> set[str]:
         """The paths of the weights that must be compared with each other before any is assigned."""
-        checks = {path: target.check[0] for path, target in self.targets.items() if target.check}
-        return checks.keys() | set(checks.values())
-
-    def problems(self, values: Mapping[str, np.ndarray]) -> list[str]:
-        """Return a line for each weight that must be equal to another one and is not."""
-        checks = [target.check[1] for target in self.targets.values() if target.check]
-        return [line for check in checks for line in check(values)]
+        ties = {path: target.tie[0] for path, target in self.targets.items() if target.tie}
+        return ties.keys() | set(ties.values())
 
 
 def owner_of(layer: Any, trainable_only: bool = False) -> Owner:
@@ -92,7 +60,7 @@ def owner_of(layer: Any, trainable_only: bool = False) -> Owner:
 
 def _of_layer(layer: JaxLayer) -> Owner:
     with naming(describe(layer)):
-        targets = _targets(layer)
+        targets = layer._engine.built_weights().targets()
         tree = layer._engine.checkpoint_tree()
         boxed = {leaf.path for leaf in layer._engine.built_weights().leaves if leaf.axes}
     spellings: dict[str, list[str]] = {}
@@ -127,9 +95,9 @@ def _of_model(model: keras.Layer) -> Owner:
     for layer in _own(model):
         weights, names, _ = _of_layer(layer)
         for path, target in weights.items():
-            if target.check:
-                other, check = target.check
-                target = target._replace(check=(f"{layer.name}/{other}", _below(layer.name, check)))
+            if target.tie:
+                other, compare = target.tie
+                target = target._replace(tie=(f"{layer.name}/{other}", _below(layer.name, compare)))
             add(f"{layer.name}/{path}", target)
         spellings |= {f"{layer.name}/{name}": f"{layer.name}/{to}" for name, to in names.items()}
         if len(_own(model)) == 1:
@@ -139,7 +107,7 @@ def _of_model(model: keras.Layer) -> Owner:
     for variable in model.weights:
         if id(variable) not in known:
             # Keras puts the name of the model in front if the model builds its layers, as `Sequential` does.
-            add(_short(model, variable), _of_variable(variable))
+            add(_short(model, variable), of_variable(variable))
     return Owner(targets, spellings, {path: LeafPath(path) for path in targets})
 
 
@@ -169,54 +137,15 @@ def variables_by_path(owner: keras.Layer) -> dict[str, keras.Variable]:
 def _trained(owner: keras.Layer) -> Owner:
     trained = set(map(id, owner.trainable_variables))
     targets = {
-        TRAINABLE + path: _of_variable(variable)
+        TRAINABLE + path: of_variable(variable)
         for path, variable in variables_by_path(owner).items()
         if id(variable) in trained
     }
     return Owner(targets, {}, {path: LeafPath(path) for path in targets})
 
 
-def _targets(layer: JaxLayer) -> dict[str, Target]:
-    weights = layer._engine.built_weights()
-    targets = {}
-    for leaves in (weights.params, weights.state):
-        for place, leaf in enumerate(leaves.leaves):
-            if leaf.layout is None:
-                targets[leaf.path] = _of_variable(leaf.variables[0])
-                continue
-            source, read = leaves.source(place), functools.partial(leaves.read_leaf, place)
-            targets[leaf.path] = Target(
-                leaf.shape,
-                leaf.stored,
-                read,
-                leaf.write,
-                leaf.variables,
-                read,
-                lambda: None,
-                None if source is None else (source, leaves.check_tied),
-            )
-    return targets
-
-
-def _of_variable(variable: keras.Variable) -> Target:
-    def write(array: Any) -> None:
-        assign(variable, array)
-        # JAX copies in the background, and keeps each array until then.
-        jax.block_until_ready(variable.value)
-
-    def sharding() -> NamedSharding | None:
-        return mesh_sharding(variable.value)
-
-    def shards() -> Any:
-        return to_host(variable) if sharding() is None else variable.value
-
-    read = functools.partial(to_host, variable)
-    shape = tuple(variable.shape)
-    return Target(shape, variable.dtype, read, write, (variable,), shards, sharding)
-
-
 def _below(
-    name: str, check: Callable[[Mapping[str, Any]], list[str]]
+    name: str, compare: Callable[[Mapping[str, Any]], list[str]]
 ) -> Callable[[Mapping[str, Any]], list[str]]:
-    """Return the check of a layer for values whose paths begin with its name."""
-    return lambda values: check({p.removeprefix(f"{name}/"): v for p, v in values.items()})
+    """Return what compares values of a layer, for values whose paths begin with its name."""
+    return lambda values: compare({p.removeprefix(f"{name}/"): v for p, v in values.items()})

@@ -74,6 +74,18 @@ class Jax(Backend):
 
         return self.compile(jax.grad(norm), mode)(list(arrays))
 
+    def layer_penalty(self, layer, inputs):
+        """Gradients, for the trainable variables, of the squared norm of the gradient for the inputs."""
+        state = [v.value for v in layer.non_trainable_variables]
+
+        def penalty(trainable):
+            def call(inputs):
+                return layer.stateless_call(trainable, state, inputs)[0]
+
+            return (jax.grad(call)(inputs) ** 2).sum()
+
+        return jax.grad(penalty)([v.value for v in layer.trainable_variables])
+
     def layer_vjp(self, layer, inputs, training, cotangents, mode="eager"):
         """Outputs and gradients for `(trainable variables, inputs)`; the new state is assigned."""
 
@@ -164,6 +176,17 @@ class TensorFlow(Backend):
         arrays = [tf.convert_to_tensor(array) for array in arrays]
         return self.compile(run, mode, arrays)(*arrays)
 
+    def layer_penalty(self, layer, inputs):
+        import tensorflow as tf
+
+        inputs = tf.convert_to_tensor(inputs)
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                inner.watch(inputs)
+                outputs = layer(inputs)
+            norm = tf.reduce_sum(inner.gradient(outputs, inputs) ** 2)
+        return outer.gradient(norm, [v.value for v in layer.trainable_variables])
+
     def layer_vjp(self, layer, inputs, training, cotangents, mode="eager"):
         import tensorflow as tf
 
@@ -216,6 +239,14 @@ class Torch(Backend):
         tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
         (gradient,) = torch.autograd.grad(fn(*tensors), tensors[0], create_graph=True)
         return torch.autograd.grad((gradient**2).sum(), tensors)
+
+    def layer_penalty(self, layer, inputs):
+        import torch
+
+        inputs = torch.tensor(inputs, requires_grad=True)
+        (gradient,) = torch.autograd.grad(layer(inputs), inputs, create_graph=True)
+        variables = [v.value for v in layer.trainable_variables]
+        return torch.autograd.grad((gradient**2).sum(), variables)
 
     def layer_vjp(self, layer, inputs, training, cotangents, mode="eager"):
         import torch
