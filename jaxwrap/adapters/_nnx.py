@@ -60,7 +60,7 @@ class NNX(Adapter):
     factory: Callable[..., nnx.Module] | None = None
 
     def __post_init__(self) -> None:
-        require("flax", "0.12")
+        require("flax", "0.12.1")
         from flax import nnx
 
         if not isinstance(self.example, nnx.Module):
