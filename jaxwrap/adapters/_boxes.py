@@ -29,7 +29,9 @@ def specs_of_variables(state: Any) -> PyTree:
         if not isinstance(variable, nnx.Variable):
             return PartitionSpec()
         metadata = variable.get_metadata()
-        spec = _renamed(metadata.get("out_sharding"), metadata.get("sharding_rules"))
+        # Flax 0.12.3 and before have the second name.
+        names = metadata.get("out_sharding", metadata.get("sharding_names"))
+        spec = _renamed(names, metadata.get("sharding_rules"))
         # NNX leaves out the last axes.
         rank = len(getattr(variable.get_raw_value(), "shape", ()))
         return PartitionSpec(*spec, *[None] * (rank - len(spec))) if any(spec) else spec

@@ -54,7 +54,7 @@ class Linen(Adapter):
     passes_all_keys: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require("flax", "0.12")
+        require("flax", "0.12.1")
         from flax import linen
 
         if not isinstance(self.module, linen.Module):

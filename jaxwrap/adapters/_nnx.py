@@ -65,7 +65,7 @@ class NNX(Adapter):
     axis_rules: AxisRules = None
 
     def __post_init__(self) -> None:
-        require("flax", "0.12")
+        require("flax", "0.12.1")
         from flax import nnx
 
         if not isinstance(self.example, nnx.Module):
