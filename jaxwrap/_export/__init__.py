@@ -77,9 +77,8 @@ def export(
             no file, and the error names the output.
 
     Example:
-        >>> import jax, keras, numpy as np, tempfile, jaxwrap
-        >>> keras.config.disable_interactive_logging()
-        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> import flax.linen as nn, jax, keras, numpy as np, tempfile, jaxwrap
+        >>> model = keras.Sequential([keras.Input((4,)), jaxwrap.FlaxLayer(nn.Dense(2))])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     jaxwrap.export(model, f"{folder}/model.stablehlo")
         ...     data = open(f"{folder}/model.stablehlo", "rb").read()
