@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import warnings
 
 import exports
 import flax.linen as nn
@@ -38,10 +39,16 @@ def run_stablehlo(path):
     return lambda name, inputs: np.asarray(exported.call(inputs))
 
 
+def tf_load(path):
+    import tensorflow as tf
+
+    return tf.saved_model.load(str(path))
+
+
 def run_saved_model(path):
     import tensorflow as tf
 
-    served = tf.saved_model.load(str(path))
+    served = tf_load(path)
 
     def run(name, inputs):
         (named,) = served.signatures["serving_default"](**{name: tf.constant(inputs)}).values()
@@ -372,3 +379,47 @@ def test_lora_as_it_is(tmp_path):
     jaxwrap.export(model, tmp_path / "model")
     outputs = read_stablehlo(tmp_path / "model").call(x(3, 4))
     np.testing.assert_allclose(outputs, to_numpy(model(x(3, 4))), 1e-4, 1e-4)
+
+
+@pytest.mark.only("tensorflow")
+def test_int8_in_what_keras_exports(tmp_path):
+    inputs = keras.Input((256,), name="rows")
+    model = keras.Model(inputs, FlaxLayer(nn.Dense(256))(inputs))
+    sizes = []
+    for mode in (None, "int8"):
+        if mode:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Layer InputLayer does not have")
+                model.quantize(mode)
+        model(x(3, 256))
+        path = tmp_path / str(mode)
+        model.export(path, format="tf_saved_model", verbose=False)
+        sizes.append((path / "variables" / "variables.data-00000-of-00001").stat().st_size)
+    assert sizes[1] < 0.3 * sizes[0]
+    served = tf_load(tmp_path / "int8")
+    np.testing.assert_allclose(served.serve(x(3, 256)), model(x(3, 256)), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_several_unknown_sizes(kind, tmp_path):
+    layer = FlaxLayer(nn.Conv(3, (3, 3), strides=2))
+    inputs = keras.Input((None, None, 2), name="image")
+    model = keras.Model(inputs, layer(inputs))
+    jaxwrap.export(model, tmp_path / "model", kind)
+    run = RUNNERS[kind](tmp_path / "model")
+    for shape in ((1, 5, 8, 2), (3, 9, 4, 2)):
+        outputs = run("image", x(*shape))
+        expected = nn.Conv(3, (3, 3), strides=2).apply(layer.get_variables(), x(*shape))
+        np.testing.assert_allclose(outputs, expected, 1e-4, 1e-4)
+
+
+@pytest.mark.quick
+def test_mixed_precision(tmp_path):
+    layer = FlaxLayer(nn.Dense(3, dtype=jnp.bfloat16), dtype="mixed_bfloat16")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    jaxwrap.export(model, tmp_path / "model")
+    exported = read_stablehlo(tmp_path / "model")
+    assert exported.out_avals[0].dtype == jnp.bfloat16
+    expected = layer.adapter.module.apply(layer.get_variables(), jnp.asarray(x(2, 4), "bfloat16"))
+    outputs = exported.call(x(2, 4))
+    np.testing.assert_allclose(*(np.asarray(y, "float32") for y in (outputs, expected)), 2e-2, 2e-2)

@@ -11,6 +11,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from jaxwrap._bridge._residuals import Linearized, Pullback
 from jaxwrap._bridge._torch_func import (
+    check_untraced,
     is_batched,
     is_transforming,
     jvp,
@@ -22,13 +23,6 @@ from jaxwrap._bridge._torch_tape import note_outputs, received, returned
 from jaxwrap._bridge._torch_tensors import Reader, as_tensor, check_devices, to_jax, to_torch
 from jaxwrap._bridge._vjp import own_outputs, vjp, vjp_roles
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
-
-_NO_EXPORT = (
-    "PyTorch cannot trace or export what JAX computes. Write it by `jaxwrap.export(model, path, format=...)`, as "
-    "StableHLO, a SavedModel, LiteRT or ONNX."
-)
-_is_tracing = torch._C._is_tracing
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 
 
 class Function:
@@ -49,9 +43,6 @@ class Function:
         self._derived: dict[tuple[Any, ...], Function] = {}
 
     def __call__(self, *tensors: Tensor) -> FlatResult:
-        # PyTorch cannot see into JAX, and its tracer would keep the results of this call as constants.
-        if _is_tracing() or _is_exporting():
-            raise NotImplementedError(_NO_EXPORT)
         for index in self._inputs:
             if not isinstance(tensors[index], torch.Tensor):
                 tensors = (*tensors[:index], as_tensor(tensors[index]), *tensors[index + 1 :])
@@ -61,6 +52,7 @@ class Function:
             if any(tensor.is_meta for tensor in tensors):
                 return self._infer(tensors)
             check_devices(tensors)
+        check_untraced()
         if is_transforming():
             return transformed(self, self.kept(tensors))
         if torch.is_grad_enabled():

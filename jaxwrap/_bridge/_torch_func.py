@@ -16,6 +16,17 @@ from jaxwrap._bridge._vjp import restrict
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Static, Tensor
 
 _transforms_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
+
+
+def check_untraced() -> None:
+    """Raise NotImplementedError in a trace of PyTorch, which would keep the results of a call as constants."""
+    if _is_tracing() or _is_exporting():
+        raise NotImplementedError(
+            "PyTorch cannot trace or export what JAX computes. Write it by `jaxwrap.export(model, path, format=...)`, "
+            "as StableHLO, a SavedModel, LiteRT or ONNX."
+        )
 
 
 def is_transforming() -> bool:

@@ -77,9 +77,8 @@ def export(
             no file, and the error names the output.
 
     Example:
-        >>> import jax, keras, numpy as np, tempfile, jaxwrap
-        >>> keras.config.disable_interactive_logging()
-        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> import flax.linen as nn, jax, keras, numpy as np, tempfile, jaxwrap
+        >>> model = keras.Sequential([keras.Input((4,)), jaxwrap.FlaxLayer(nn.Dense(2))])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     jaxwrap.export(model, f"{folder}/model.stablehlo")
         ...     data = open(f"{folder}/model.stablehlo", "rb").read()
@@ -151,7 +150,8 @@ def _reference(model: Any, signature: Signature, ports: Ports) -> Any:
     def call(trainable: list[Any], others: list[Any], inputs: list[Any]) -> list[Any]:
         arguments = signature.arguments.unflatten(inputs)
         outputs, _ = model.stateless_call(trainable, others, *arguments, **in_inference(model))
-        return jax.tree_util.tree_leaves(outputs)
+        leaves = jax.tree_util.tree_leaves(outputs)
+        return [leaf for leaf in leaves if is_array(leaf) or hasattr(leaf, "dtype")]
 
     compiled = jax.jit(call) if keras.config.backend() == "jax" else call
 
@@ -160,14 +160,8 @@ def _reference(model: Any, signature: Signature, ports: Ports) -> Any:
         trainable = [variable.value for variable in model.trainable_variables]
         others = [variable.value for variable in model.non_trainable_variables]
         outputs = compiled(trainable, others, tensors)
-        arrays = [
-            keras.ops.convert_to_numpy(output) for output in outputs if not _is_static(output)
-        ]
+        arrays = [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]
         # PyTorch and NumPy have wider integers for some dtypes of JAX.
         return [a.astype(port.dtype) for a, port in zip(arrays, ports.outputs, strict=True)]
 
     return reference
-
-
-def _is_static(output: Any) -> bool:
-    return not is_array(output) and not hasattr(output, "dtype")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxwrap._bridge._stablehlo import Shape, in_words, symbolic
@@ -217,7 +217,7 @@ def _prune(closed: Any, values: int, outputs: int | None) -> tuple[Any, list[boo
     wanted = [index < (total if outputs is None else outputs) for index in range(total)]
     instantiate = [index >= values for index in range(len(jaxpr.invars))]
     pruned, used = dce_jaxpr(jaxpr, wanted, instantiate)
-    return jax.extend.core.ClosedJaxpr(pruned, closed.consts), used[:values]
+    return ClosedJaxpr(pruned, closed.consts), used[:values]
 
 
 def _dims(shape: Sequence[Any]) -> tuple[int | str, ...]:

@@ -41,9 +41,10 @@ def write(
     function = jax.jit(inference.symbolic)
     artifact = export_for(function, (values, *inference.structs), platforms, STABLEHLO_VERSION)
     module: Any = tf.Module()
+    variable: Any = tf.Variable
     with tf.device("cpu"):
         module.model_variables = [
-            tf.Variable(value, trainable=bool(np.issubdtype(value.dtype, np.floating)), name=name)
+            variable(value, trainable=bool(np.issubdtype(value.dtype, np.floating)), name=name)
             for name, value in zip(inference.names, inference.values, strict=True)
         ]
     specs = [

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import keras
+import numpy as np
 from keras.src.models.functional import Functional
 
 from jaxwrap._export._inference import Source
@@ -111,14 +112,20 @@ def _source(
     paths = {id(variable): path for path, variable in weights.items()}
     return Source(
         raw,
-        [paths.get(id(variable), variable.path) for variable in variables],
-        list(map(to_host, variables)),
+        [str(paths.get(id(variable), variable.path)) for variable in variables],
+        list(map(_value, variables)),
         set(weights),
         list(signature.inputs),
         lambda: output_names(model, results[0]),
         signature.arguments,
         lambda: results[0],
     )
+
+
+def _value(variable: keras.Variable) -> np.ndarray:
+    """Return the value in a dtype that JAX has: seeds have 64 bits on TensorFlow."""
+    value = to_host(variable)
+    return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
 
 
 def output_names(model: Any, structure: Structure) -> list[str]:
