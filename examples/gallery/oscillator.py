@@ -23,6 +23,10 @@ keras.utils.set_random_seed(0)
 # ------------
 # ``y'' = -stiffness y - friction y'``. The function gets the starts of
 # a batch of motions, and returns position and speed at 60 times.
+#
+# On the TensorFlow backend set the environment variable
+# ``EQX_ON_ERROR=off``. diffrax checks its arguments by calls back into
+# Python, which a TensorFlow graph cannot hold.
 
 times = jnp.linspace(0.0, 12.0, 60)
 

@@ -57,7 +57,7 @@ def update(state, labels, predictions):
     return {
         "below": state["below"] + (labels < predictions).sum(axis=0),
         "width": state["width"] + width.sum(),
-        "seen": state["seen"] + len(labels),
+        "seen": state["seen"] + labels.shape[0],
     }
 
 
