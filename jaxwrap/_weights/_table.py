@@ -90,7 +90,13 @@ class ModuleTable(tuple[ModuleRow, ...]):
         return cls(sums.values())
 
     def __str__(self) -> str:
-        total = ("total", *(sum(row[column] for row in self) for column in range(1, 5)))
+        total = ModuleRow(
+            "total",
+            sum(row.weights for row in self),
+            sum(row.size for row in self),
+            sum(row.bytes for row in self),
+            sum(row.trained for row in self),
+        )
         rows = [(path, *(f"{number:,}" for number in numbers)) for path, *numbers in [*self, total]]
         return format_table([ModuleRow._fields, *rows], numbers=4)
 

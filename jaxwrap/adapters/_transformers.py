@@ -134,7 +134,7 @@ class Transformers(Adapter):
             raise ValueError(
                 f"expected a dict, as `model.params` and `get_variables` are; received a {type(variables).__name__}."
             )
-        variables = unfreeze(variables)
+        variables = unfreeze(dict(variables))
         if not self._has_stats:
             return variables, None
         names = ("params", "batch_stats")
