@@ -18,7 +18,8 @@ from jaxwrap._errors import describe, naming, raise_named
 from jaxwrap._layer import _fast
 from jaxwrap._layer._containers import register_containers
 from jaxwrap._layer._engine import Engine
-from jaxwrap._layer._program import Plan, Result, kind_of
+from jaxwrap._layer._program import Plan, kind_of
+from jaxwrap._layer._results import Result
 from jaxwrap._pytree import Structure, describe_difference, partition
 from jaxwrap._specs import partition_specs
 from jaxwrap._typing import PyTree

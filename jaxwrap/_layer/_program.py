@@ -17,6 +17,7 @@ from jaxwrap._layer._adapter import Adapter, call_adapter
 from jaxwrap._layer._draws import Draws, call_and_look
 from jaxwrap._layer._fast import Route
 from jaxwrap._layer._inputs import Inputs
+from jaxwrap._layer._results import Flowing, Kept, Outcome, Result
 from jaxwrap._layer._seeds import Generator, Seeds, drawing
 from jaxwrap._pytree import Structure, is_array, partition, static_key
 from jaxwrap._typing import Array, FlatFunction, FlatResult, PyTree, Role, Static, Tensor
@@ -29,44 +30,6 @@ _STATE_DIFFERS = (
 )
 # A layer that is called with ever new static values must not keep all that was compiled for them.
 _MAX_PLANS = 512
-
-
-class Flowing(NamedTuple):
-    """The results through which gradients flow."""
-
-    outputs: PyTree
-    loss: Array | None
-
-
-class Kept(NamedTuple):
-    """The results that the layer assigns: new values of variables by index, and metrics by name."""
-
-    state: dict[int, Array]
-    metrics: dict[str, Array]
-
-
-class Outcome(NamedTuple):
-    """What a call returns besides arrays.
-
-    Attributes:
-        flowing: The structure of `Flowing`.
-        kept: The structure of `Kept`.
-        draws: The number of draws from each generator.
-    """
-
-    flowing: Structure
-    kept: Structure
-    draws: tuple[int, ...]
-
-
-class Result(NamedTuple):
-    """The results of a call, in tensors."""
-
-    outputs: PyTree
-    loss: Tensor | None
-    state: dict[int, Tensor]
-    metrics: dict[str, Tensor]
-    draws: tuple[int, ...]
 
 
 # One call, from top to bottom:

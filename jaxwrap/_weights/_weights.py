@@ -16,11 +16,11 @@ from jaxwrap._dtypes import kind
 from jaxwrap._pytree import Structure, is_leaf_array, key_name, partition
 from jaxwrap._typing import PyTree
 from jaxwrap._weights._axes import check_rank, names_of_axes
+from jaxwrap._weights._checks import check_rules, check_tied
 from jaxwrap._weights._leaf import Leaf
 from jaxwrap._weights._leaves import Leaves, fill, fill_with
 from jaxwrap._weights._names import unique_names
 from jaxwrap._weights._patterns import match
-from jaxwrap._weights._reparametrization import Tied
 from jaxwrap._weights._rules import Rule, Rules
 from jaxwrap._weights._table import ModuleTable, WeightRow, WeightTable
 from jaxwrap._weights._targets import Target, of_leaf, of_variable
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
         for leaf, rule, axes in zip(leaves, resolved, names_of_axes(trees, specs), strict=True):
             leaf.rule, leaf.seed, leaf.axes = rule, seed, axes
             dtypes.apply(leaf)
-        _check_tied(leaves)
+        check_tied(leaves)
         return cls((first, second), leaves, len(params), rules), values
 
 
@@ -220,7 +220,7 @@ class Weights:
                 held=leaf.place(),
             )
 
-        _check_tied([again(place) for place in range(len(self.leaves))])
+        check_tied([again(place) for place in range(len(self.leaves))])
         for place in changed:
             # Only to see whether it can be done, before anything is changed.
             again(place).initials(self.params.read_leaf(place))
@@ -298,42 +298,6 @@ class Weights:
             for leaf in self.leaves
             if leaf.can_train is trains
         ]
-
-
-def check_rules(rules: Rules, leaves: Sequence[Leaf]) -> None:
-    """Raise ValueError for a rule that does not match any leaf that it can apply to."""
-    for pattern, rule in rules.pairs:
-        matched = [leaves[index] for index in match(pattern, [leaf.path for leaf in leaves])]
-        for field, value in rule.set_fields().items():
-            if not any(leaf.accepts(field, value) for leaf in matched):
-                raise ValueError(
-                    f"the rule for {pattern!r} sets {field}={value!r}, which applies to none of the leaves that it "
-                    f"matches: {', '.join(f'{leaf.path} ({leaf.dtype})' for leaf in matched[:5])}. "
-                    "All fields but `dtype`, `aggregation` and `layout` are for float leaves of the parameters, "
-                    "`dtype` for leaves of its own kind: a float dtype for float leaves. A mean or a sum of replicas "
-                    "is for float leaves."
-                )
-
-
-def _check_tied(leaves: Sequence[Leaf]) -> None:
-    """Raise ValueError for a tied leaf whose other leaf does not exist, is tied itself, or has another shape."""
-    by_path = {leaf.path: leaf for leaf in leaves if leaf.is_params}
-    for leaf in leaves:
-        if not isinstance(form := leaf.form, Tied):
-            continue
-        other = by_path.get(form.path)
-        if other is None or isinstance(other.form, Tied):
-            problem = "no leaf of the parameters" if other is None else "tied itself"
-            raise ValueError(
-                f"{leaf.path} is tied to {form.path!r}, which is {problem}. The paths are "
-                f"{', '.join(list(by_path)[:10])}."
-            )
-        shape = other.shape[::-1] if form.transpose else other.shape
-        if (shape, other.stored) != (leaf.shape, leaf.stored):
-            raise ValueError(
-                f"{leaf.path} is {leaf.stored}{leaf.shape}, and {form.path}, which it is tied to"
-                f"{', transposed' if form.transpose else ''}, {other.stored}{shape}. Tie leaves of one shape and dtype."
-            )
 
 
 class _Place:
