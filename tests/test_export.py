@@ -332,6 +332,17 @@ def test_errors_of_the_other_process(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.only("torch")
+def test_the_other_process_imports_what_registers_classes(tmp_path):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(JaxLayer(jax.nn.relu)(inputs)))
+    jaxwrap.export(model, tmp_path / "model", modules=["exports"], keep_params=True)
+    jaxwrap.checkpoints.save(model, tmp_path / "weights.npz")
+    with np.load(tmp_path / "weights.npz") as weights:
+        outputs = read_stablehlo(tmp_path / "model").call(dict(weights), x(3, 4))
+    np.testing.assert_allclose(outputs, to_numpy(model(x(3, 4))), 1e-4, 1e-4)
+
+
 @pytest.mark.quick
 @pytest.mark.only("torch")
 @pytest.mark.parametrize("way", ["model.export", "torch.export", "torch.jit.trace", "function"])
