@@ -56,6 +56,12 @@ def check_supported(closed: Any, name: str, chosen: Format) -> None:
             )
 
 
+def place_of(closed: Any, primitive: str) -> str | None:
+    """Return the user's function around the first operation of a name, with its file and line."""
+    found = (path for path in _equations(closed.jaxpr) if path[0].primitive.name == primitive)
+    return next(map(_place, found), None)
+
+
 def _equations(jaxpr: Any) -> Iterator[list[Any]]:
     """Yield each equation of a jaxpr with those around it. The ones inside others come first: they are more exact."""
     for equation in jaxpr.eqns:
