@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxwrap._typing import Array
 
@@ -19,7 +19,7 @@ def _gather(
     """Take slices whose sizes are known: a position of one index, or one number along each unknown size."""
     unknown = [axis for axis, size in enumerate(slice_sizes) if not isinstance(size, int)]
     numbers = dimension_numbers
-    if not isinstance(indices, jax.core.Tracer) and indices.size == indices.shape[-1] == 1:
+    if not isinstance(indices, Tracer) and indices.size == indices.shape[-1] == 1:
         return _slice(operand, int(np.asarray(indices).item()), numbers, slice_sizes, indices.ndim)
     whole = not set(unknown) & {*numbers.start_index_map, *numbers.collapsed_slice_dims}
     if not unknown or not whole:

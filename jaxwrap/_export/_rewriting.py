@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -97,7 +98,7 @@ def _is_small_constant(equation: Any, inputs: list[Any]) -> bool:
     if (
         equation.primitive.name == "dim_as_value"
         or equation.effects
-        or any(isinstance(value, jax.core.Tracer) for value in inputs)
+        or any(isinstance(value, Tracer) for value in inputs)
     ):
         return False
     return all(
