@@ -8,6 +8,7 @@ ORDER = (
     "flax_cnn",
     "torch_loop",
     "tensorflow_pipeline",
+    "deploy",
     "checkpoints",
     "lora",
     "haiku_gpt",
