@@ -18,6 +18,7 @@ ORDER = (
     "pinn",
     "quantiles",
     "muon",
+    "sharded",
     "adapter",
     "tracing",
 )
