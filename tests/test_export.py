@@ -335,7 +335,7 @@ def test_errors_of_the_other_process(tmp_path):
 @pytest.mark.only("torch")
 def test_the_other_process_imports_what_registers_classes(tmp_path):
     inputs = keras.Input((4,))
-    model = keras.Model(inputs, keras.layers.Dense(2)(JaxLayer(jax.nn.relu)(inputs)))
+    model = keras.Model(inputs, keras.layers.Dense(2)(JaxLayer(jax.scipy.special.i0e)(inputs)))
     jaxwrap.export(model, tmp_path / "model", modules=["exports"], keep_params=True)
     jaxwrap.checkpoints.save(model, tmp_path / "weights.npz")
     with np.load(tmp_path / "weights.npz") as weights:

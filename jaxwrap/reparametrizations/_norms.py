@@ -28,7 +28,7 @@ class WeightNorm(Reparametrization):
         >>> rule = jaxwrap.Rule(reparametrize=jaxwrap.reparametrizations.WeightNorm())
         >>> layer = jaxwrap.FlaxLayer(nn.Dense(4, use_bias=False), rules={".*": rule})
         >>> _ = layer(np.ones((1, 3), "float32"))
-        >>> [(weight.name, weight.shape) for weight in layer.trainable_weights]
+        >>> [(weight.name, tuple(weight.shape)) for weight in layer.trainable_weights]
         [('direction', (3, 4)), ('scale', (4,))]
     """
 
