@@ -9,6 +9,7 @@ ORDER = (
     "torch_loop",
     "tensorflow_pipeline",
     "deploy",
+    "hugging_face",
     "checkpoints",
     "lora",
     "haiku_gpt",
