@@ -69,11 +69,17 @@ class Counter:
         if name == "conv_general_dilated":
             return [self._conv(eqn, spreads, times)]
         if name == "scan":
-            split = params["num_consts"] + params["num_carry"]
-            below = spreads[:split] + [spread[1:] for spread in spreads[split:]]
-            found = self.walk(params["jaxpr"].jaxpr, below, times * params["length"])
-            carry = params["num_carry"]
-            return found[:carry] + [((), *spread) for spread in found[carry:]]
+            body = params["jaxpr"].jaxpr
+            # By shapes, since JAX 0.12 has other parameters than 0.10.
+            below = [
+                spread[1:] if _is_stacked(outer, inner) else spread
+                for spread, outer, inner in zip(spreads, eqn.invars, body.invars, strict=True)
+            ]
+            found = self.walk(body, below, times * params["length"])
+            return [
+                ((), *spread) if _is_stacked(outer, inner) else spread
+                for spread, outer, inner in zip(found, eqn.outvars, body.outvars, strict=True)
+            ]
         if name == "cond":
             return self._dearest(params["branches"], spreads[1:], times)
         inner = next((params[key] for key in _INNER if key in params), None)
@@ -172,3 +178,8 @@ def all_reduced(size: float, count: int) -> float:
 def gathered(size: float, count: int) -> float:
     """Return the bytes that each of `count` devices sends so that all have an array of `size` bytes, or one sum."""
     return size * (count - 1) / count
+
+
+def _is_stacked(outer: Any, inner: Any) -> bool:
+    """Whether a loop takes or makes one slice of an array in each run."""
+    return len(outer.aval.shape) > len(inner.aval.shape)
