@@ -214,6 +214,26 @@ def test_a_subclassed_model_and_its_state(tmp_path):
     assert float(read_stablehlo(tmp_path / "one").call(x(3, 4), x(3, 4))["count"]) == 2
 
 
+def counted(params, state, inputs):
+    return inputs * params["scale"] + state["count"], {"count": state["count"] + 1}
+
+
+def test_one_layer_and_its_state(tmp_path):
+    import tensorflow as tf
+
+    layer = JaxLayer(
+        counted,
+        params={"scale": np.full(4, 2, "float32"), "unused": np.zeros(3, "float32")},
+        state={"count": np.float32(0)},
+        update_state_in_inference=True,
+    )
+    model = keras.Sequential([keras.Input((4,)), layer])
+    jaxwrap.export(model, tmp_path / "model", "tf_saved_model")
+    served = tf.saved_model.load(str(tmp_path / "model"))
+    for count in range(3):
+        np.testing.assert_allclose(served.serve(x(3, 4)), 2 * x(3, 4) + count, 1e-6)
+
+
 # What is refused.
 
 

@@ -52,13 +52,11 @@ def pure_call(
     program = engine.built_program()
     order, structure = partition(arguments, is_tensor)
     flat, variables = program.pure(structure)
-    first_state = len(engine.built_weights().params.variables)
 
     def fn(values: list[Array], inputs: list[Array]) -> tuple[PyTree, dict[int, Array]]:
         flowing, kept, static = flat(*values, *(_cast(layer, array) for array in inputs))
         outputs, _ = static.value.flowing.unflatten(flowing)
-        state, _ = static.value.kept.unflatten(kept)
-        changed = {first_state + place: new for place, new in state.items()}
+        changed, _ = static.value.kept.unflatten(kept)
         seeds = len(values) - len(static.value.draws)
         for place, count in enumerate(static.value.draws, seeds):
             if count:
