@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
+from jaxwrap._bridge import get_bridge
 from jaxwrap._layer._inputs import placeholders
 from jaxwrap._pytree import is_array, partition
 from jaxwrap._serialization import check_size
@@ -18,7 +19,7 @@ from jaxwrap._tracing import outside_traces
 from jaxwrap._typing import Array, PyTree
 from jaxwrap._weights import Plan
 from jaxwrap._weights._leaf import Leaf
-from jaxwrap._weights._variables import Initial, array_of, is_divided
+from jaxwrap._weights._variables import Initial, array_of
 
 if TYPE_CHECKING:
     from jaxwrap._layer._engine import Engine
@@ -35,7 +36,7 @@ def init_weights(engine: Engine, specs: dict[str, PyTree]) -> None:
     # Keras may build a layer inside `jax.jit`, and initial values must outlive that trace.
     with outside_traces():
         try:
-            if is_divided():
+            if get_bridge().mesh() is not None:
                 _init_divided(engine, specs)
             else:
                 params, state = engine.init(placeholders(specs))

@@ -243,12 +243,8 @@ def fill(
     Raises:
         ValueError: If a leaf cannot be computed from parts as its rule says.
     """
-    pairs = list(zip(leaves, values, strict=True))
-    # Leaves of parts one after the other, so that memory never holds the parts of two of them twice.
-    groups = [[pair] for pair in pairs if pair[0].form is not None]
-    for group in (*groups, [pair for pair in pairs if pair[0].form is None]):
-        initials = [leaf.initials(value) for leaf, value in group]
-        fill_with(owner, [leaf for leaf, _ in group], initials, outer, is_copied=is_copied)
+    initials = [leaf.initials(value) for leaf, value in zip(leaves, values, strict=True)]
+    fill_with(owner, leaves, initials, outer, is_copied=is_copied)
 
 
 def fill_with(

@@ -87,11 +87,6 @@ def create_variables(
     return variables
 
 
-def is_divided() -> bool:
-    """Whether variables that are made now are divided over devices."""
-    return get_bridge().shards and keras.distribution.distribution() is not None
-
-
 def _layouts(owner: Any, initials: Sequence[Initial], values: Sequence[Any]) -> list[Any]:
     """Return the layout of each variable to make: see `layout_of`. Call it in the scope of the owner."""
     if not get_bridge().shards:
