@@ -25,17 +25,16 @@ ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LE
 
 
 class Python(NamedTuple):
-    """What a version of Python is tested with."""
+    """What a version of Python is tested with: its JAX, and for each backend the marker of the tests, "" for all."""
 
     jax: str
-    backends: tuple[str, ...]
-    pytest: tuple[str, ...] = ()
+    backends: dict[str, str]
 
 
 PYTHONS = {
-    "3.11": Python("0.10.*", BACKENDS),
-    "3.12": Python("0.12.*", ("jax", "tensorflow")),
-    "3.13": Python("0.12.*", ("jax",), ("-m", "quick")),
+    "3.11": Python("0.10.*", dict.fromkeys(BACKENDS, "")),
+    "3.12": Python("0.12.*", {"jax": "each_jax", "tensorflow": "lowered"}),
+    "3.13": Python("0.12.*", {"jax": "quick"}),
 }
 
 # Python: the folder with the programs of its environment, which its sessions share.
@@ -85,16 +84,17 @@ def env(session):
 
 def add_tests(python):
     """Adds the session `tests-3.11(torch)` and its like; returns their names."""
-    _, backends, arguments = PYTHONS[python]
+    backends = PYTHONS[python].backends
     name = f"tests-{python}"
 
     @nox.session(name=name, venv_backend="none", requires=[f"env-{python}"], default=False)
-    @nox.parametrize("backend", backends, ids=backends)
+    @nox.parametrize("backend", [*backends], ids=[*backends])
     def tests_on(session, backend):
         """Run the tests on one backend; arguments after `--` go to pytest."""
         if python not in programs:
             session.skip(f"there is no Python {python}")
-        run_pytest(session, programs[python], backend, backends, *arguments, *session.posargs)
+        marker = ["-m", backends[backend]] if backends[backend] else []
+        run_pytest(session, programs[python], backend, backends, *marker, *session.posargs)
 
     return [f"{name}({backend})" for backend in backends]
 

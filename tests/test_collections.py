@@ -12,6 +12,8 @@ from models import x
 
 from jaxwrap import CallResult, FlaxLayer, JaxLayer
 
+pytestmark = pytest.mark.each_jax
+
 
 class Mixture(nn.Module):
     """Sows what a mixture of experts sows."""

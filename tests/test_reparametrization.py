@@ -46,6 +46,8 @@ from jaxwrap.reparametrizations import (
     WeightNorm,
 )
 
+pytestmark = pytest.mark.each_jax
+
 
 @jaxwrap.register_serializable("tests")
 def keeps_half(leaf):
