@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import sys
 from typing import NamedTuple
 
@@ -167,6 +168,10 @@ def docs(session):
     session.install("--quiet", *requirements_of("docs"))
     env = {**ON_CPU, **compiled_once(session), "KERAS_BACKEND": "jax"}
     session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build/html", env=env)
+    if shutil.which("chromium") or shutil.which("chromium-browser"):
+        session.run("python", "docs/_check_pages.py", "docs/_build/html")
+    else:
+        session.warn("SKIPPED: the check of the pages in Chromium, which is not installed")
 
 
 @nox.session(default=False)

@@ -21,6 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    "_site",
 ]
 exclude_patterns = ["_build"]
 # `name` in a docstring is code, as in Markdown.
@@ -28,6 +29,7 @@ default_role = "code"
 
 html_theme = "furo"
 html_title = f"jaxwrap {version}"
+html_favicon = "_static/favicon.svg"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
