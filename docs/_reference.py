@@ -1,6 +1,8 @@
 """What the pages of the reference need of Sphinx: short types that link, and links to other libraries."""
 
+import importlib
 import inspect
+import operator
 import pathlib
 import re
 import textwrap
@@ -12,14 +14,23 @@ import keras
 from docutils import nodes
 from sphinx.domains.python import PyObject
 from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.typing import stringify_annotation
 
 import jaxwrap
+from jaxwrap._layer._weighted import Weighted
 
 INVENTORIES = pathlib.Path(__file__).parent / "inventories.toml"
 NAME = re.compile(r"([A-Za-z]\w*(?:\.\w+)*)(?:\(\))?")
+BASES = (
+    "keras.Layer",
+    "keras.callbacks.Callback",
+    "keras.losses.Loss",
+    "keras.metrics.Metric",
+    "keras.optimizers.Optimizer",
+)
 WORD = re.compile(r"\b[A-Za-z_]\w*\b")
 
 
@@ -73,24 +84,18 @@ def show_signature(app, what, name, obj, options, signature, return_annotation):
 
 
 def short(annotation, scope):
-    """Return the text of an annotation, with a type that has a name in its module alone spelled out."""
+    """Return the text of an annotation, in which types that have names in their modules alone are spelled out."""
 
-    def spelled(match):
-        value = scope.get(match[0])
-        if isinstance(value, types.UnionType | types.GenericAlias) or type(value).__module__ in (
-            "collections.abc",
-            "typing",
-        ):
-            return stringify_annotation(value, "smart") if match[0] not in PLAIN else match[0]
-        return match[0]
+    def spelled(word):
+        value = scope.get(word[0])
+        if not isinstance(value, types.UnionType | types.GenericAlias):
+            return word[0]
+        text = stringify_annotation(value, "smart")
+        return text.replace("~collections.abc.", "").replace("[[...], ", "[..., ")
 
     if not isinstance(annotation, str):
         return annotation
     return WORD.sub(spelled, re.sub(r"\b_[a-z_]+\.", "", annotation))
-
-
-# Aliases of `Any`, which the index explains.
-PLAIN = ("Any", "Array", "PyTree", "Tensor")
 
 
 class _Empty:
@@ -104,21 +109,22 @@ def plain(default):
 
 
 def show_bases(app, name, obj, options, bases):
-    """Show public classes only."""
-    public = {
-        **{getattr(jaxwrap, name): f"jaxwrap.{name}" for name in jaxwrap.__all__},
-        keras.layers.Layer: "keras.Layer",
-        **{
-            cls: f"keras.{module}.{cls.__name__}"
-            for cls, module in (
-                (keras.callbacks.Callback, "callbacks"),
-                (keras.losses.Loss, "losses"),
-                (keras.metrics.Metric, "metrics"),
-                (keras.optimizers.Optimizer, "optimizers"),
-            )
-        },
-    }
+    """Show the nearest public class alone."""
+    public = {getattr(jaxwrap, name): f"jaxwrap.{name}" for name in jaxwrap.__all__}
+    public |= {operator.attrgetter(name.removeprefix("keras."))(keras): name for name in BASES}
     bases[:] = [f":py:class:`{public[cls]}`" for cls in obj.__mro__[1:] if cls in public][:1]
+
+
+def source_of_methods(app, module):
+    """Let viewcode find the methods that `JaxLayer` has of a class in another file."""
+    if module != Weighted.__module__:
+        return None
+    analyzer = ModuleAnalyzer.for_module(module)
+    analyzer.find_tags()
+    moved = {
+        name.replace(Weighted.__name__, "JaxLayer", 1): tag for name, tag in analyzer.tags.items()
+    }
+    return analyzer.code, analyzer.tags | moved
 
 
 def resolve_own(app, env, node, contnode):
@@ -146,9 +152,15 @@ class Results(SphinxDirective):
         lines = []
         for path in self.content:
             module, _, name = path.rpartition(".")
-            cls = getattr(__import__(module, fromlist=[name]), name)
+            scope = vars(importlib.import_module(module))
+            cls = scope[name]
             text = str(GoogleDocstring(inspect.getdoc(cls), self.config, what="class"))
-            lines += [f".. py:class:: {name}", "", *textwrap.indent(text, "   ").splitlines(), ""]
+            fields = ", ".join(
+                f"{field}: {short(cls.__annotations__[field].__forward_arg__, scope)}"
+                for field in getattr(cls, "_fields", ())
+            )
+            head = f".. py:class:: {name}({fields})" if fields else f".. py:class:: {name}"
+            lines += [head, "", *textwrap.indent(text, "   ").splitlines(), ""]
             for part, value in vars(cls).items():
                 if isinstance(value, property) and not part.startswith("_"):
                     lines += [f"   .. py:property:: {part}", "", f"      {value.__doc__}", ""]
@@ -164,6 +176,7 @@ def setup(app):
     app.connect("config-inited", add_inventories)
     app.connect("autodoc-process-signature", show_signature)
     app.connect("autodoc-process-bases", show_bases)
+    app.connect("viewcode-find-source", source_of_methods)
     app.connect("missing-reference", resolve_own)
     app.connect("missing-reference", leave_as_code, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -46,6 +46,9 @@ extensions += [
 autosummary_generate = False
 # `name` in a docstring is code, as in Markdown, and a link where the reference has the name.
 default_role = "name"
+# Signatures show the types.
+napoleon_attr_annotations = False
+autodoc_type_aliases = {name: name for name in ("Array", "PyTree", "Tensor")}
 # An argument a line, if they do not fit on one.
 python_maximum_signature_line_length = 68
 
