@@ -1,6 +1,5 @@
 """How Sphinx builds the documentation."""
 
-import inspect
 import os
 import sys
 from importlib.metadata import version as installed_version
@@ -24,15 +23,12 @@ extensions = [
     "_site",
 ]
 exclude_patterns = ["_build"]
-# `name` in a docstring is code, as in Markdown.
-default_role = "code"
 
 html_theme = "furo"
 html_title = f"jaxwrap {version}"
 html_favicon = "_static/favicon.svg"
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Otherwise attributes that are properties too appear twice.
@@ -42,18 +38,21 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 
-def show_init_signature(app, what, name, obj, options, signature, return_annotation):
-    """Show the arguments of `__init__`. Autodoc shows those of Keras's `Layer.__new__(*args, **kwargs)`."""
-    if what != "class" or obj.__init__ is object.__init__:
-        return None
-    parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
-    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
-    return str(inspect.Signature(plain)), None
-
-
-def setup(app):
-    app.connect("autodoc-process-signature", show_init_signature)
-
+# The reference: see `_reference.py`.
+extensions += [
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.viewcode",
+    "_reference",
+]
+autosummary_generate = False
+# `name` in a docstring is code, as in Markdown, and a link where the reference has the name.
+default_role = "name"
+# Signatures show the types.
+napoleon_attr_annotations = False
+autodoc_type_aliases = {name: name for name in ("Array", "PyTree", "Tensor")}
+# An argument a line, if they do not fit on one.
+python_maximum_signature_line_length = 68
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples/gallery",

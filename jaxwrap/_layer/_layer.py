@@ -182,7 +182,7 @@ class JaxLayer(Weighted, keras.layers.Layer, HasParts):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """All variables: the weights, the seeds, and the means of metrics."""
+        """All variables, that is, the weights, the seeds, and the means of metrics."""
         self._engine.complete()
         return super().variables
 

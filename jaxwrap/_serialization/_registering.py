@@ -16,12 +16,12 @@ from jaxwrap._serialization._names import register, registered
 from jaxwrap._serialization._nodes import PLAIN
 from jaxwrap._serialization._writing import serialize
 
-_Registered = TypeVar("_Registered")
+Registered = TypeVar("Registered")
 
 
 def register_serializable(
     package: str, name: str | None = None
-) -> Callable[[_Registered], _Registered]:
+) -> Callable[[Registered], Registered]:
     """Give an object a name by which files may refer to it: a function, a class, a Haiku transform, an enum.
 
     Loading looks names up and never imports anything. So register an object before you write a file, and under the same
@@ -37,7 +37,7 @@ def register_serializable(
         name: The name. By default the object's own.
 
     Returns:
-        A decorator, which returns the object unchanged. For an object that exists already, call it:
+        A decorator, which returns the object unchanged. Call it with an object that exists already, as in
         `register_serializable("mine", "encoder")(encoder)`.
 
     Raises:
@@ -65,7 +65,7 @@ def register_serializable(
     if name is not None and (not isinstance(name, str) or not name):
         raise TypeError(f"register_serializable: expected a string for `name`, received {name!r}.")
 
-    def decorate(obj: _Registered) -> _Registered:
+    def decorate(obj: Registered) -> Registered:
         if (problem := _useless(obj, name)) is not None:
             raise TypeError(f"register_serializable: {obj!r} {problem}.")
         if name is None and not own_name(obj) and _has_parts(obj):

@@ -48,7 +48,7 @@ class RatedOptimizer(keras.optimizers.Optimizer):
     @property
     @door
     def learning_rate(self) -> Any:
-        """The current learning rate: a variable, or a tensor where there is a schedule.
+        """The current learning rate, a variable, or a tensor where there is a schedule.
 
         It can be set to a number, a Keras schedule or an Optax schedule.
 

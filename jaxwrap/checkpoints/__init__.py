@@ -125,7 +125,7 @@ def load(
         dry_run: Print the plan and assign nothing.
 
     Returns:
-        The plan: which array goes to which weight.
+        The plan, which says which array goes to which weight.
 
     Raises:
         FileNotFoundError: If there is no such file.
