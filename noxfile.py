@@ -20,6 +20,8 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 BACKENDS = ("jax", "tensorflow", "torch", "numpy")
 GALLERY = pathlib.Path("examples", "gallery")
 # What a backend needs besides JAX.
+# What the benchmarks compare on PyTorch.
+RIVALS = ("torchax", "jax2torch", "torch-jax-interop")
 FRAMEWORKS = {"tensorflow": ("tensorflow==2.21.*",), "torch": ("torch==2.13.0",)}
 # GPUs round differently: on them, backends agree to 1e-5 only with settings of their own.
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -210,5 +212,5 @@ def benchmarks(session):
     install(session, session.python, BACKENDS)
     session.install("--quiet", *requirements_of("benchmark"))
     # Without their dependencies, which would change the torch and the JAX that all are measured with.
-    session.install("--quiet", "--no-deps", "torchax", "jax2torch")
+    session.install("--quiet", "--no-deps", *RIVALS)
     session.run("python", "-m", "benchmarks", *session.posargs, env=ON_CPU)

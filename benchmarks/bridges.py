@@ -120,6 +120,14 @@ def torchax(apply, params):
     return call, parameters
 
 
+def torch_jax_interop(apply, params):
+    """The package of this name. It holds the parameters, and calls `jax.vjp` in each call, without gradients too."""
+    from torch_jax_interop import WrappedJaxFunction
+
+    module = WrappedJaxFunction(jax.jit(apply), params, clone_params=True)
+    return module, list(module.parameters())
+
+
 def bridges():
     """Those that this backend has a use for, by name."""
     if BACKEND != "torch":
@@ -127,6 +135,7 @@ def bridges():
     return {
         "dlpack bridge": dlpack,
         "dlpack bridge, kept aliases": kept_dlpack,
+        "torch-jax-interop": torch_jax_interop,
         "jax2torch": jax2torch,
         "torchax": torchax,
     }
