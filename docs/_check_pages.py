@@ -30,7 +30,7 @@ ARGUMENTS = (
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves files, and logs nothing."""
 
-    def log_message(self, format, *args):
+    def log_message(self, *args):
         pass
 
 
@@ -87,7 +87,8 @@ def check(folder):
 def main():
     """Exit with 1 if something is wrong."""
     faults = list(check(pathlib.Path(sys.argv[1]).resolve()))
-    print("\n".join(faults) or "Chromium finds no fault with the pages.")
+    sys.stdout.write("\n".join(faults) or "Chromium finds no fault with the pages.")
+    sys.stdout.write("\n")
     sys.exit(bool(faults))
 
 
