@@ -68,4 +68,6 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
     "doc_module": ("jaxwrap",),
+    # Where `minigallery` keeps what it has found.
+    "backreferences_dir": "gallery/backreferences",
 }
