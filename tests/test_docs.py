@@ -61,6 +61,25 @@ NAMES = [
 ]
 
 
+@pytest.mark.once
+@pytest.mark.quick
+def test_the_reference_has_every_name():
+    """Each is in the table of the index, and on the page of its topic."""
+    index, *pages = [
+        page.read_text()
+        for page in sorted(
+            (ROOT / "docs/reference").glob("*.md"), key=lambda page: page.stem != "index"
+        )
+    ]
+    listed = re.findall(r"^   (\w+(?:\.\w+)?)$", index, re.MULTILINE)
+    libraries = ["Linen", "NNX", "Haiku", "Equinox", "Transformers"]
+    assert sorted(listed) == sorted([*NAMES, *(f"adapters.{name}" for name in libraries)])
+    documented = re.findall(
+        r"^\.\. auto(?:class|function):: jaxwrap\.(\S+)$", "\n".join(pages), re.MULTILINE
+    )
+    assert sorted(documented) == sorted(listed)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring(name):
     obj = operator.attrgetter(name)(jaxwrap)

@@ -43,7 +43,8 @@ class JaxLayer(Weighted, keras.layers.Layer, HasParts):
     Args:
         call_fn: The function to wrap; or an `Adapter`, which stands for both functions.
         init_fn: Makes the initial `params` (and `state`). May be left out if `params` or `state` is passed.
-        params, state: Initial parameters, which are trained, and initial state. They are copied.
+        params: Initial parameters, which are trained. They are copied.
+        state: Initial state, which is copied.
         seed: An integer. None draws one, repeatably under `keras.utils.set_random_seed`.
         native_serialization_platforms: The platforms ("cpu", "cuda", "rocm", "tpu") of a TensorFlow graph of this
             layer. None for the present one. Other backends ignore it.
@@ -64,7 +65,8 @@ class JaxLayer(Weighted, keras.layers.Layer, HasParts):
         **kwargs: What every `keras.layers.Layer` takes: `name`, `dtype`, `trainable`, ...
 
     Attributes:
-        params, state: The pytrees, with a `keras.Variable` for each array or number. None until built.
+        params: The parameters, with a `keras.Variable` for each array or number. None until built.
+        state: Likewise, the state.
         adapter: The adapter of the model.
 
     Example:
