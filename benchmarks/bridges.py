@@ -125,7 +125,15 @@ def torch_jax_interop(apply, params):
     from torch_jax_interop import WrappedJaxFunction
 
     module = WrappedJaxFunction(jax.jit(apply), params, clone_params=True)
-    return module, list(module.parameters())
+    aligned = {}
+
+    def call(inputs):
+        # It refuses memory that JAX would have to copy, such as NumPy's. Torch aligns its own.
+        if id(inputs) not in aligned:
+            aligned[id(inputs)] = inputs.clone()
+        return module(aligned[id(inputs)])
+
+    return call, list(module.parameters())
 
 
 def bridges():
