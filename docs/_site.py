@@ -22,14 +22,28 @@ def write_llms(app, exception):
     env, root = app.env, app.config.root_doc
     order = [root]
     for name in order:
-        order += [child for child in env.toctree_includes.get(name, ()) if child not in order]
-    lines = [f"# {env.titles[root].astext()}", "", f"> {first_sentence(env.get_doctree(root))}", ""]
+        order += [
+            child
+            for child in env.toctree_includes.get(name, ())
+            if child not in order
+        ]
+    lines = [
+        f"# {env.titles[root].astext()}",
+        "",
+        f"> {first_sentence(env.get_doctree(root))}",
+        "",
+    ]
     lines += ["## Pages", ""]
     for name in order[1:]:
         about = first_sentence(env.get_doctree(name))
         uri = app.builder.get_target_uri(name)
-        lines.append(f"- [{env.titles[name].astext()}]({uri})" + (f": {about}" if about else ""))
-    pathlib.Path(app.outdir, "llms.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        lines.append(
+            f"- [{env.titles[name].astext()}]({uri})"
+            + (f": {about}" if about else "")
+        )
+    pathlib.Path(app.outdir, "llms.txt").write_text(
+        "\n".join([*lines, ""]), encoding="utf-8"
+    )
 
 
 def setup(app):

@@ -50,7 +50,9 @@ autosummary_generate = False
 default_role = "name"
 # Signatures show the types.
 napoleon_attr_annotations = False
-autodoc_type_aliases = {name: name for name in ("Array", "PyTree", "Tensor")}
+autodoc_type_aliases = {
+    name: name for name in ("Array", "PyTree", "Tensor")
+}
 # An argument a line, if they do not fit on one.
 python_maximum_signature_line_length = 68
 
