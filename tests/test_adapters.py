@@ -29,6 +29,7 @@ def paths(variables):
 # NNX.
 
 
+@pytest.mark.once
 def test_nnx_variables_and_their_paths():
     layer = NNXLayer(NnxCnn(nnx.Rngs(0)), name="cnn")
     assert paths(layer.trainable_variables) == {
@@ -48,6 +49,7 @@ def test_nnx_variables_and_their_paths():
     assert "params/tied/kernel" not in paths(layer.variables)  # shared with a block
 
 
+@pytest.mark.once
 def test_nnx_instance_is_never_changed():
     module = NnxCnn(nnx.Rngs(0))
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[1]))
@@ -59,6 +61,7 @@ def test_nnx_instance_is_never_changed():
     assert int(module.dropout.rngs.count.get_value()) == 0
 
 
+@pytest.mark.once
 def test_nnx_factory_is_built_with_the_layer_s_seed():
     one, two, other = (NNXLayer.from_factory(NnxCnn, seed=seed) for seed in (1, 1, 2))
     inputs = x(3, 6, 6, 2)
@@ -69,6 +72,7 @@ def test_nnx_factory_is_built_with_the_layer_s_seed():
     assert (first != second).any()
 
 
+@pytest.mark.once
 def test_nnx_trainable_filter():
     class Adapted(nnx.Module):
         def __init__(self, rngs):
@@ -161,6 +165,7 @@ def test_nnx_states_are_variables(form):
     )
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_nnx_states_that_do_not_fit():
     layer = NNXLayer(NnxCnn(nnx.Rngs(0)), name="cnn")
@@ -179,6 +184,7 @@ def test_nnx_states_that_do_not_fit():
     jax.tree.map(np.testing.assert_array_equal, as_arrays(layer.get_variables()), before)
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
 def test_nnx_states_with_sown_variables():
     class Sowing(nnx.Module):
@@ -207,6 +213,7 @@ def test_nnx_decode_cache():
         np.testing.assert_allclose(to_numpy(layer(part)), module(part), 1e-4, 1e-5)
 
 
+@pytest.mark.once
 def test_what_is_no_nnx_module():
     with pytest.raises(TypeError, match="from_factory"):
         NNXLayer(lambda rngs: NnxCnn(rngs))
@@ -226,6 +233,7 @@ def test_haiku_transforms():
         assert set(layer.get_variables()) == {"params"}
 
 
+@pytest.mark.once
 def test_haiku_given_values():
     transformed = hk.transform_with_state(lambda x, train: hk.BatchNorm(True, True, 0.9)(x, train))
     params, state = transformed.init(jax.random.key(0), x(4, 3), True)
@@ -240,6 +248,7 @@ def test_haiku_given_values():
     )
 
 
+@pytest.mark.once
 def test_haiku_multi_transform():
     def build():
         encoder, decoder = hk.Linear(2), hk.Linear(3)
@@ -267,6 +276,7 @@ def test_haiku_multi_transform():
         HaikuLayer(hk.transform(lambda x: x), method="encode")
 
 
+@pytest.mark.once
 def test_haiku_draws_in_inference_and_says_when_it_has_not():
     transformed = hk.transform(lambda x: x + jax.random.normal(hk.next_rng_key(), x.shape))
     layer = HaikuLayer(transformed, seed=3)
@@ -280,6 +290,7 @@ def test_haiku_draws_in_inference_and_says_when_it_has_not():
 # Equinox.
 
 
+@pytest.mark.once
 def test_equinox_shared_arrays_stay_shared():
     class Tied(eqx.Module):
         embed: jax.Array
@@ -298,6 +309,7 @@ def test_equinox_shared_arrays_stay_shared():
     np.testing.assert_array_equal(back.out, back.embed)
 
 
+@pytest.mark.once
 def test_equinox_filter_spec():
     mlp = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     nothing = jax.tree.map(lambda _: False, mlp)
@@ -332,6 +344,7 @@ def test_equinox_without_batch_and_with_several_arguments():
         np.testing.assert_allclose(outputs, module(x(4, 3), x(4, 3, seed=1), power=2), 1e-4, 1e-5)
 
 
+@pytest.mark.once
 def test_what_is_no_equinox_module():
     with pytest.raises(TypeError, match="can be called"):
         EquinoxLayer(np.ones(3))
@@ -363,6 +376,7 @@ def test_module_with_weights_gives_the_layer_s_outputs(name):
 # wrap.
 
 
+@pytest.mark.once
 def test_wrap_picks_by_type():
     transformed = hk.transform(lambda x: x)
     assert type(jaxwrap.wrap(nn.Dense(2))) is FlaxLayer
@@ -383,6 +397,7 @@ def test_wrap_picks_by_type():
         jaxwrap.wrap(dense, name="a")
 
 
+@pytest.mark.once
 def test_wrap_of_what_nobody_knows():
     with pytest.raises(TypeError, match="there is no adapter for 3, a int") as raised:
         jaxwrap.wrap(3)
@@ -398,6 +413,7 @@ def test_wrap_of_what_nobody_knows():
         assert name in message
 
 
+@pytest.mark.once
 def test_wrap_imports_nothing():
     import os
     import subprocess
@@ -410,6 +426,7 @@ def test_wrap_imports_nothing():
     subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=True)
 
 
+@pytest.mark.once
 def test_register_adapter():
     class Mine:
         def __init__(self, factor):
@@ -429,6 +446,7 @@ def test_register_adapter():
 # What is not installed, or old.
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "library"),
     [
@@ -476,6 +494,7 @@ class Euler(eqx.Module):
         return self.rate * y
 
 
+@pytest.mark.once
 def test_equinox_leaves_arguments_unbatched():
     module = Euler(jax.random.key(0))
     layer = EquinoxLayer(module, batch=True, unbatched=("ts",))
@@ -496,6 +515,7 @@ def test_equinox_leaves_arguments_unbatched():
         EquinoxLayer(module, batch=True, unbatched="ts")
 
 
+@pytest.mark.once
 def test_equinox_methods():
     module = Euler(jax.random.key(0))
     ys = x(5, 3)
@@ -517,6 +537,7 @@ class Bound(nn.Module):
         return 2 * nn.Dense(self.features)(inputs)
 
 
+@pytest.mark.once
 def test_a_bound_method_of_an_equal_module_is_saved(tmp_path):
     layer = FlaxLayer(Bound(), method=Bound().double)
     config = layer.get_config()

@@ -105,6 +105,7 @@ def test_gradients_of_several_arguments(backend):
         np.testing.assert_allclose(to_numpy(one), two, 1e-5, 1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -129,6 +130,7 @@ def test_wrong_call_arguments(make, message):
         make()
 
 
+@pytest.mark.once
 def test_missing_and_unknown_arguments_of_a_call():
     layer = attention()
     with pytest.raises(TypeError, match="missing a required argument: 'key'"):
@@ -138,6 +140,7 @@ def test_missing_and_unknown_arguments_of_a_call():
     assert not layer.built
 
 
+@pytest.mark.once
 def test_init_sees_all_arguments():
     seen = {}
 
@@ -209,6 +212,7 @@ def test_linen_attention_takes_what_it_takes():
         np.testing.assert_allclose(outputs, native, 1e-5, 1e-5)
 
 
+@pytest.mark.once
 def test_linen_static_keywords():
     class Power(nn.Module):
         @nn.compact
@@ -226,6 +230,7 @@ def test_linen_static_keywords():
         np.testing.assert_allclose(outputs, native, 1e-5, 1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["state", "params", "rng", "method", "rngs", "mutable", "self_"])
 def test_linen_arguments_of_any_name(name):
     namespace = {"nn": nn}
@@ -309,6 +314,7 @@ def test_masks_pass_where_the_time_axis_is_kept():
 # Train flags.
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "flag",
     ["training", "train", "is_training", "deterministic", "inference", "use_running_average"],
@@ -330,6 +336,7 @@ def test_train_flags(flag, kind):
     assert to_numpy(layer(np.ones(1, "float32"))) == (2 if inverted else 1)
 
 
+@pytest.mark.once
 def test_a_flag_named_by_hand():
     def call(inputs, frozen, training=None):
         assert training is None
@@ -345,6 +352,7 @@ def test_a_flag_named_by_hand():
         FlaxLayer(nn.Dense(2), training_argument="frozen")
 
 
+@pytest.mark.once
 def test_no_flag_leaves_the_module_s_default_alone():
     class Flagged(nn.Module):
         @nn.compact
@@ -377,6 +385,7 @@ def test_linen_dropout_and_batch_norm_themselves():
     np.testing.assert_array_equal(to_numpy(norm.state["batch_stats"]["mean"].value), mean)
 
 
+@pytest.mark.once
 def test_a_flag_that_the_module_was_made_with_stays():
     layer = FlaxLayer(nn.Dropout(0.5, deterministic=True))
     np.testing.assert_array_equal(to_numpy(layer(np.ones(9, "float32"), training=True)), np.ones(9))
@@ -392,6 +401,7 @@ def haiku_policy(state, rng):
     return hk.Linear(2)(state) * rng
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("without_rng", [True, False])
 @pytest.mark.parametrize("with_state", [True, False])
 def test_haiku_arguments_called_as_haiku_s_own(without_rng, with_state):
@@ -421,6 +431,7 @@ class Drops(eqx.Module):
         return x * jax.random.uniform(key, x.shape)
 
 
+@pytest.mark.once
 def test_an_equinox_key_that_is_data_and_one_that_is_not():
     module = Attention(jnp.asarray(x(3)))
     query, key, value = (x(5, 3, seed=seed) for seed in range(3))
@@ -432,6 +443,7 @@ def test_an_equinox_key_that_is_data_and_one_that_is_not():
     assert (first != second).any()
 
 
+@pytest.mark.once
 def test_call_arguments_called_as_our_own():
     def critic(params, state, rng):
         return jnp.concatenate([state, rng], -1) @ params
@@ -471,6 +483,7 @@ def test_keys_in_inference():
 # Functions whose arguments have other names.
 
 
+@pytest.mark.once
 def test_the_only_unknown_argument_is_the_input():
     np.testing.assert_allclose(to_numpy(jaxwrap.wrap(jnp.tanh)(x(3))), np.tanh(x(3)), 1e-5)
     layer = JaxLayer(lambda params, x: x * params, params=2.0)
@@ -491,6 +504,7 @@ def test_the_only_unknown_argument_is_the_input():
         JaxLayer(lambda params, a, b: a + b, params=1.0)
 
 
+@pytest.mark.once
 def test_update_stats_is_a_train_flag():
     class Normed(nn.Module):
         @nn.compact
@@ -518,6 +532,7 @@ class Home:
         return x @ params["w"]
 
 
+@pytest.mark.once
 def test_wrap_takes_objects_with_init_and_apply():
     layer = jaxwrap.wrap(Home(), name="home")
     output = to_numpy(layer(x(3, 4)))
@@ -536,6 +551,7 @@ class Counts(eqx.Module):
         return x * count, state.set(self.index, count)
 
 
+@pytest.mark.once
 def test_wrap_takes_stateful_equinox_modules_and_maps_those_of_eqx_nn():
     layer = jaxwrap.wrap(eqx.nn.make_with_state(Counts)())
     for step in (1, 2, 3):

@@ -164,6 +164,7 @@ def test_a_functional_model_trains_on_an_activation_and_is_saved(library, tmp_pa
     assert len(whole) == 1 + len(jax.tree.leaves(captured))
 
 
+@pytest.mark.once
 def test_captured_beside_sown():
     layer = FlaxLayer(Tower(), capture=("block",), collections={"intermediates": "output"})
     (_, sown), captured = to_numpy(layer(x(5, 4)))
@@ -171,6 +172,7 @@ def test_captured_beside_sown():
     np.testing.assert_array_equal(sown["intermediates"]["hidden"][0], captured["block"][1])
 
 
+@pytest.mark.once
 def test_a_name_that_matches_nothing():
     with pytest.raises(ValueError, match=r"FlaxLayer 'tower': .*'Dense_7'.*Near it: Dense_"):
         FlaxLayer(Tower(), capture=("Dense_7",), name="tower")(x(5, 4))
@@ -203,6 +205,7 @@ def scanned(**axes):
     return Scanned()
 
 
+@pytest.mark.once
 def test_modules_in_a_scan():
     layer = FlaxLayer(scanned(intermediates=0), capture=("steps/Dense_0",))
     outputs, captured = to_numpy(layer(x(5, 4)))

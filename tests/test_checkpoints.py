@@ -189,6 +189,7 @@ def test_equinox_both_ways(tmp_path):
     assert eqx.tree_equal(eqx.tree_deserialise_leaves(path, make_block(4)), make_block(3))
 
 
+@pytest.mark.once
 def test_equinox_of_another_library(tmp_path):
     layer, again = make(seed=1), make(seed=2)
     checkpoints.save(layer, tmp_path / "w.eqx")
@@ -200,6 +201,7 @@ def test_equinox_of_another_library(tmp_path):
     assert_equal(flat(again.get_variables()), flat(layer.get_variables()))
 
 
+@pytest.mark.once
 def test_msgpack_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 8)
     source, layer = make(seed=1), make(seed=2)
@@ -221,6 +223,7 @@ def test_nnx_state_with_names(tmp_path):
 # Names.
 
 
+@pytest.mark.once
 def test_names_by_patterns_both_ways(tmp_path):
     layer, again = make(seed=1), make(seed=2)
     names = [
@@ -246,6 +249,7 @@ def test_names_by_patterns_both_ways(tmp_path):
         checkpoints.load(again, tmp_path / "w.safetensors", names=back)
 
 
+@pytest.mark.once
 def test_a_dry_run_prints_and_assigns_nothing(tmp_path, capsys):
     layer = make(seed=1)
     before = flat(layer.get_variables())
@@ -310,6 +314,7 @@ def test_wrong_names(names, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_patterns_that_re_would_match_forever(tmp_path):
     layer = JaxLayer(lambda params, inputs: inputs, params={"a" * 60: np.zeros(2)}, name="slow")
@@ -319,6 +324,7 @@ def test_patterns_that_re_would_match_forever(tmp_path):
     assert list(np.load(tmp_path / "w.npz")) == ["all a"]
 
 
+@pytest.mark.once
 def test_wrong_arguments(tmp_path):
     layer = make()
     with pytest.raises(TypeError, match="expected a layer of jaxwrap"):
@@ -510,6 +516,7 @@ def test_a_killed_save_leaves_a_whole_checkpoint(kind, tmp_path):
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["msgpack", "orbax", "safetensors", "npz", "eqx"])
 def test_a_failed_save_leaves_the_previous_one(kind, tmp_path, monkeypatch):
     layer = make(seed=1, dtype="float32")
@@ -535,6 +542,7 @@ def _interrupted(self, target):
     raise KeyboardInterrupt
 
 
+@pytest.mark.once
 def test_threads_that_save_to_one_path_leave_a_whole_checkpoint(tmp_path):
     layers = [make(seed, dtype="float32") for seed in range(4)]
     path = tmp_path / "w.npz"

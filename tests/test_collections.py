@@ -111,6 +111,7 @@ def test_sown_losses_are_shown_by_fit():
     np.testing.assert_allclose(history["loss"], [total], 1e-5)
 
 
+@pytest.mark.once
 def test_names_that_are_sown_twice():
     class Twice(nn.Module):
         @nn.compact
@@ -163,6 +164,7 @@ def test_losses_of_a_dict_are_reported_by_name():
     np.testing.assert_allclose(results["loss"], (data**2).mean() + pde + 3, 1e-5)
 
 
+@pytest.mark.once
 def test_a_loss_and_a_metric_of_one_name():
     def call(inputs):
         return CallResult(inputs, losses={"size": inputs.sum()}, metrics={"size": inputs})
@@ -171,6 +173,7 @@ def test_a_loss_and_a_metric_of_one_name():
         JaxLayer(call, name="twice")(x(3))
 
 
+@pytest.mark.once
 def test_a_metric_that_comes_late():
     def call(inputs, training):
         return CallResult(inputs, metrics={} if training else {"late": inputs})
@@ -183,6 +186,7 @@ def test_a_metric_that_comes_late():
 # Other roles.
 
 
+@pytest.mark.once
 def test_output_collections():
     layer, _ = mixture(collections={"intermediates": "output", "metrics": "output"})
     outputs, extra = layer(keras.KerasTensor((None, 4)))
@@ -199,6 +203,7 @@ def test_output_collections():
     )
 
 
+@pytest.mark.once
 def test_dropped_collections():
     layer, _ = mixture(collections={"losses": "drop", "metrics": "drop"})
     layer(x(5, 4))
@@ -230,6 +235,7 @@ def test_trainable_and_state_collections(backend):
     np.testing.assert_allclose(to_numpy(gradients[0]), expected, 1e-5, 1e-5)
 
 
+@pytest.mark.once
 def test_a_role_that_is_none():
     with pytest.raises(ValueError, match="`collections` maps 'aux' to 'losses'; expected one of"):
         FlaxLayer(Mixture(), collections={"aux": "losses"})

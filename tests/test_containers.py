@@ -63,6 +63,7 @@ def test_outputs_of_any_class_on_symbolic_inputs(fn):
         np.testing.assert_allclose(one, two, 1e-5)
 
 
+@pytest.mark.once
 def test_a_module_that_returns_a_dataclass_is_saved(tmp_path):
     inputs = keras.Input((4,))
     outputs = JaxLayer(normal)(inputs)
@@ -76,6 +77,7 @@ def test_a_module_that_returns_a_dataclass_is_saved(tmp_path):
         np.testing.assert_allclose(one, two, 1e-6)
 
 
+@pytest.mark.once
 def test_a_class_that_refuses_symbolic_tensors():
     class Strict:
         def __init__(self, value):
@@ -142,6 +144,7 @@ def nest_of(make):
     return (make(), (make(), {"a": make()}))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("fn", "init", "nest"), [(named, named_init, pair_of), (tuples, None, nest_of)]
 )
@@ -164,6 +167,7 @@ def left_of(inputs):
     return inputs.left
 
 
+@pytest.mark.once
 def test_a_container_that_is_not_registered_is_named_when_saving(tmp_path):
     Other = collections.namedtuple("Other", ["left", "right"])
     layer = JaxLayer(left_of, name="other")

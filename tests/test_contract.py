@@ -122,7 +122,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", models.once_except(CASES, ["linen", "nnx", "stax"]))
 def test_adapters_keep_the_contract(name):
     make, inputs, native = CASES[name]
     check_adapter(make, inputs(np.random.default_rng(0), 6), native=native)
@@ -139,6 +139,7 @@ def forgets_the_key(self, keys, inputs):
     return Stax.init(self, np.random.default_rng().integers(0, 9, 2).astype("uint32"), inputs)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("methods", "error", "message"),
     [
@@ -158,6 +159,7 @@ def test_what_breaks_the_contract_is_found(methods, error, message):
         check_adapter(broken(**methods), np.ones((5, 4), "float32"))
 
 
+@pytest.mark.once
 def test_a_native_call_that_differs_is_found():
     with pytest.raises(AssertionError, match="the native outputs"):
         check_adapter(
@@ -167,6 +169,7 @@ def test_a_native_call_that_differs_is_found():
         )
 
 
+@pytest.mark.once
 def test_wrap_makes_registered_adapters(tmp_path):
     class Sizes(tuple):
         __slots__ = ()
@@ -203,6 +206,7 @@ class AlwaysNoisy(jaxwrap.FlaxLayer):
         return {"dropout": self._get_call_seed()}
 
 
+@pytest.mark.once
 def test_a_class_with_keys_of_its_own_is_saved():
     module = nn.Dropout(0.5, deterministic=False)
     again = AlwaysNoisy.from_config(AlwaysNoisy(module, seed=3).get_config())
@@ -210,6 +214,7 @@ def test_a_class_with_keys_of_its_own_is_saved():
     assert (first != second).any()
 
 
+@pytest.mark.once
 def test_a_class_with_its_own_constructor_is_saved_by_its_arguments():
     check_adapter(lambda: Scaled(2.0, width=2, seed=3), np.ones((5, 4), "float32"))
     layer = Scaled(2.0, width=2, seed=3, name="scaled")

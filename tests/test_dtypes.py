@@ -246,6 +246,7 @@ def equal(one, two):
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.mark.once
 @PROPERTY
 @given(tree=trees())
 def test_any_pytree_flattens_names_uniquely_and_rebuilds_equal(tree):

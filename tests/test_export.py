@@ -81,6 +81,7 @@ def sequence(length):
     return np.arange(2 * length).reshape(2, length).astype("int32") % 11
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_any_length(tmp_path):
     row = MODELS["transformer block"]
@@ -120,6 +121,7 @@ def test_jax_and_numpy_alone_run_stablehlo(tmp_path):
     np.testing.assert_allclose(outputs, row.native(model, row.inputs(3)), 1e-4, 1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["linen cnn", "equinox mlp"])
 def test_weights_as_arguments(name, tmp_path):
@@ -137,6 +139,7 @@ def test_weights_as_arguments(name, tmp_path):
     assert len((tmp_path / "model").read_bytes()) < 30_000
 
 
+@pytest.mark.once
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["linen cnn", "transformer block"])
 def test_no_random_numbers(name, tmp_path):
@@ -161,6 +164,7 @@ def test_nests_keep_their_structure_and_names(tmp_path):
     jax.tree.map(np.testing.assert_allclose, outputs, expected)
 
 
+@pytest.mark.once
 def test_names_in_a_saved_model(tmp_path):
     import tensorflow as tf
 
@@ -175,6 +179,7 @@ def test_names_in_a_saved_model(tmp_path):
     np.testing.assert_allclose(served.serve(left, right)["pair"][1], left["b"].sum(-1), 1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_a_fixed_batch_size(tmp_path):
     jaxwrap.export(MODELS["equinox mlp"].make(), tmp_path / "model", batch_size=2)
@@ -249,6 +254,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_a_format_cannot_hold(kind, tmp_path):
@@ -259,6 +265,7 @@ def test_what_a_format_cannot_hold(kind, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_lapack_in_stablehlo(tmp_path):
     model = keras.Sequential([keras.Input((3, 3), 2), JaxLayer(with_lapack)])
@@ -275,6 +282,7 @@ BAD = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.quick
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments(name, tmp_path):
@@ -283,6 +291,7 @@ def test_bad_arguments(name, tmp_path):
         jaxwrap.export(MODELS["equinox mlp"].make(), tmp_path / "model", **options)
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_a_file_that_is_off_is_not_kept(tmp_path, monkeypatch):
     from jaxwrap._export import _stablehlo
@@ -309,6 +318,7 @@ def test_a_file_that_is_off_is_not_kept(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["model", "unchecked"]
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_a_missing_runtime_is_said(tmp_path, monkeypatch):
     from jaxwrap._export import FORMATS
@@ -319,6 +329,7 @@ def test_a_missing_runtime_is_said(tmp_path, monkeypatch):
     assert (tmp_path / "model").exists()
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     from jaxwrap._export import _stablehlo
@@ -433,6 +444,7 @@ def test_int8_in_what_keras_exports(tmp_path):
     np.testing.assert_allclose(served.serve(x(3, 256)), model(x(3, 256)), 1e-4, 1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", RUNNERS)
 def test_several_unknown_sizes(kind, tmp_path):
     layer = FlaxLayer(nn.Conv(3, (3, 3), strides=2))
@@ -446,6 +458,7 @@ def test_several_unknown_sizes(kind, tmp_path):
         np.testing.assert_allclose(outputs, expected, 1e-4, 1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_mixed_precision(tmp_path):
     layer = FlaxLayer(nn.Dense(3, dtype=jnp.bfloat16), dtype="mixed_bfloat16")

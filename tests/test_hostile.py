@@ -298,6 +298,7 @@ def names_in(config):
                 yield (*path, "registered_name")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", LAYERS)
 def test_hostile_names(name, configs, canary, backend):
     config = configs[name]
@@ -318,6 +319,7 @@ def test_hostile_names(name, configs, canary, backend):
 SOURCES = ("call_fn", "init_fn", "module", "factory", "transformed", "filter_spec", "params")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", LAYERS)
 def test_hostile_nodes(name, configs, canary, backend):
     config = configs[name]
@@ -472,6 +474,7 @@ def mutations(configs, seed, count):
         yield path, mutated
 
 
+@pytest.mark.once
 def test_mutated_configs(configs, canary, backend):
     """Each gives an error, or a layer that is sound: it can be called and described."""
     errors = 0
@@ -538,6 +541,7 @@ MODULE_FIELDS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
@@ -553,6 +557,7 @@ def test_wrong_types_of_fields(name, field, value, configs):
         keras.saving.deserialize_keras_object(config)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "shape",
     [
@@ -635,6 +640,7 @@ def truncated(data, seed, count):
         yield data[: rng.randrange(len(data))]
 
 
+@pytest.mark.once
 def test_damaged_archives(tmp_path):
     """A bit that is flipped gives an error, or stood for nothing: the model is the same."""
     path = saved_model(tmp_path)
@@ -658,6 +664,7 @@ def test_damaged_archives(tmp_path):
     assert errors > 20
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["linen", "params and state"])
 def test_damaged_weights(name, tmp_path):
     """An error, and no weight has changed."""
@@ -717,6 +724,7 @@ def hostile_weights():
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("attack", hostile_weights())
 def test_hostile_weights(attack, tmp_path):
     model = keras.Sequential([keras.Input((4,)), FlaxLayer(nn.Dense(2), name="dense")])
@@ -732,6 +740,7 @@ def test_hostile_weights(attack, tmp_path):
         np.testing.assert_array_equal(value, right)
 
 
+@pytest.mark.once
 def test_a_bomb_in_an_archive(tmp_path):
     path = saved_model(tmp_path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -45,6 +45,7 @@ CASES = {
 }
 
 
+@pytest.mark.once
 def test_there_are_optax_losses_of_both_kinds():
     assert set(CASES) <= set(dir(losses))
 
@@ -107,6 +108,7 @@ def test_masks_are_those_of_keras():
     assert abs(float(to_numpy(plain)) - float(to_numpy(ours))) > 1e-3
 
 
+@pytest.mark.once
 def test_the_order_of_the_arguments():
     def minus(first, second):
         return first - second
@@ -220,12 +222,14 @@ def test_losses_are_saved(name, tmp_path):
     assert float(to_numpy(again(labels, LOGITS))) == float(to_numpy(loss(labels, LOGITS)))
 
 
+@pytest.mark.once
 def test_only_listed_names_are_loaded():
     config = {**jaxwrap.JaxLoss(registered).get_config(), "fn": {"kind": "name", "name": "os.kill"}}
     with pytest.raises(ValueError, match=r"'os\.kill' is not registered"):
         jaxwrap.JaxLoss.from_config(config)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "fn",
     [
@@ -258,6 +262,7 @@ def test_threads_keep_their_own_labels():
 # Bad input.
 
 
+@pytest.mark.once
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("fn", "message"),
@@ -277,6 +282,7 @@ def test_bad_functions(fn, message):
 # Printing.
 
 
+@pytest.mark.once
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("fn", "name"),

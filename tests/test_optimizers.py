@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from backends import to_numpy
+from models import once_except
 from sklearn.datasets import load_digits
 
 import jaxwrap
@@ -126,7 +127,10 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+# Those whose state has integers, keys and other trees; the update of all is one JAX function.
+@pytest.mark.parametrize(
+    "name", once_except(TRANSFORMATIONS, ["multi_steps", "lookahead", "noise"])
+)
 def test_fifty_steps_are_those_of_optax(name):
     model = make()
     expected, state = train_native(params_of(model), TRANSFORMATIONS[name](), 50)
@@ -155,7 +159,7 @@ FACTORIES = {
 }
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", once_except(FACTORIES, ["adamw"]))
 def test_factories_with_a_learning_rate(name):
     model, rate = make(), 1.0 if name == "prodigy" else 1e-2
     expected, _ = train_native(params_of(model), FACTORIES[name](learning_rate=rate), 20)
@@ -296,6 +300,7 @@ def is_kernel(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+@pytest.mark.once
 def test_the_params_are_a_nested_dict_by_path():
     model = keras.Sequential(
         [keras.Input((64,)), jaxwrap.FlaxLayer(Net(), name="net"), keras.layers.Dense(2, name="d")],
@@ -376,6 +381,7 @@ def sequential():
     return keras.Sequential([keras.Input((64,)), *layers])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make_one", "root"),
     [(sequential, "sequential"), (composed, "composed"), (alone, "flax_layer")],
@@ -391,6 +397,7 @@ def test_the_root_does_not_depend_on_a_counter(make_one, root):
     assert model.name != root
 
 
+@pytest.mark.once
 def test_numbers_in_names_of_layers_stay():
     layers = [keras.layers.Dense(2, name=f"dense_{number}") for number in (2, 5)]
     for layer in layers:
@@ -418,6 +425,7 @@ def test_state_stays_with_its_variable_when_the_root_changes():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(after))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "transformation",
     [
@@ -444,6 +452,7 @@ def test_labels_that_do_not_fit_name_the_top_of_the_tree(transformation):
     assert not optimizer.built
 
 
+@pytest.mark.once
 def test_an_error_in_a_function_of_labels_notes_the_top_of_the_tree():
     optimizer = jaxwrap.OptaxOptimizer(
         optax.masked(optax.sgd(1.0), lambda params: params["encoder"])
@@ -537,6 +546,7 @@ RATES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", RATES)
 def test_learning_rates(name):
     given, native = (make_rate() for make_rate in RATES[name])
@@ -598,6 +608,7 @@ def test_a_learning_rate_that_only_the_transformation_knows():
     assert not decaying.built
 
 
+@pytest.mark.once
 def test_schedules_and_numbers_are_not_mixed():
     scheduled = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=optax.linear_schedule(1, 0, 5))
     with pytest.raises(TypeError, match=r"received learning_rate=0\.5, .* follows the schedule"):
@@ -665,6 +676,7 @@ def test_a_missing_argument_changes_nothing():
     assert_close(values(optimizer), state, 0)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make_transformation",
     [optax.lbfgs, lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))],
@@ -676,6 +688,7 @@ def test_line_searches_are_not_supported(make_transformation):
         optimizer.build(make().trainable_variables)
 
 
+@pytest.mark.once
 def test_what_has_no_line_search_is_supported():
     optimizer = jaxwrap.OptaxOptimizer(optax.lbfgs(1e-2, memory_size=2, linesearch=None))
     optimizer.build(make().trainable_variables)
@@ -761,6 +774,7 @@ def test_a_schedule_is_compiled_once():
 # Bad input.
 
 
+@pytest.mark.once
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
@@ -777,12 +791,14 @@ def test_bad_arguments(arguments, error, message):
         jaxwrap.OptaxOptimizer(*arguments)
 
 
+@pytest.mark.once
 def test_a_function_that_makes_something_else():
     optimizer = jaxwrap.OptaxOptimizer(lambda: 5)
     with pytest.raises(TypeError, match="it returned 5"):
         optimizer.build(make().trainable_variables)
 
 
+@pytest.mark.once
 def test_a_state_whose_structure_changes():
     def update(updates, state, params):
         return updates, (*state, jnp.zeros(()))
@@ -870,6 +886,7 @@ def test_weights_of_another_optimizer(tmp_path):
         other.load_weights(tmp_path / "model.weights.h5")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "transformation", [optax.adam(1e-3), optax.MultiSteps(optax.adam(1e-3), 2)], ids=["tx", "multi"]
 )
@@ -883,6 +900,7 @@ def test_a_transformation_cannot_be_saved(transformation, tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
 
 
+@pytest.mark.once
 def test_a_function_that_is_not_registered_cannot_be_saved(tmp_path):
     def mine(learning_rate):
         return optax.sgd(learning_rate)
@@ -894,6 +912,7 @@ def test_a_function_that_is_not_registered_cannot_be_saved(tmp_path):
         model.save(tmp_path / "model.keras")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["os.system", "optax.inject_hyperparams", "builtins.exec"])
 def test_only_listed_names_are_loaded(name):
     config = jaxwrap.OptaxOptimizer(optax.adamw, learning_rate=1e-3).get_config()
@@ -918,6 +937,7 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.__qualname__.split(".")[0])
 def test_schedules_of_optax_are_saved(schedule):
     optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=schedule)
@@ -926,6 +946,7 @@ def test_schedules_of_optax_are_saved(schedule):
         assert float(again._learning_rate(step)) == float(schedule(step))
 
 
+@pytest.mark.once
 def test_schedules_of_keras_are_saved():
     schedule = keras.optimizers.schedules.ExponentialDecay(**KERAS_SCHEDULE)
     optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=schedule)
@@ -934,6 +955,7 @@ def test_schedules_of_keras_are_saved():
     assert again.get_config() == optimizer.get_config()
 
 
+@pytest.mark.once
 def test_arguments_that_keras_does_not_know_go_to_the_factory():
     optimizer = jaxwrap.OptaxOptimizer(optax.adam, learning_rate=0.1, b1=0.5, clipnorm=1.0)
     variable = keras.Variable(np.ones(2, "float32"), name="w")
@@ -954,6 +976,7 @@ def test_arguments_that_keras_does_not_know_go_to_the_factory():
     assert "optax.adam, learning_rate=0.1, step 2" in repr(optimizer)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("transformation", [optax.adam, optax.adam(1e-3)])
 def test_arguments_that_nobody_knows(transformation):
     with pytest.raises(
@@ -978,6 +1001,7 @@ READY = "optax.GradientTransformationExtraArgs"
 
 
 # What is printed, and what after one step if that differs.
+@pytest.mark.once
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "before", "after"),
@@ -1020,6 +1044,7 @@ def test_repr_names_transformation_rate_and_step(arguments, before, after):
     assert repr(optimizer) == f"<OptaxOptimizer 'mine': {after or before}, step 1>"
 
 
+@pytest.mark.once
 @pytest.mark.quick
 def test_repr_follows_the_learning_rate_and_the_step():
     optimizer = jaxwrap.OptaxOptimizer(optax.sgd, learning_rate=0.5, name="mine")

@@ -186,6 +186,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_cannot_be_saved_says_so_when_it_is_saved(name, tmp_path):
     make, message = FAILURES[name]
@@ -196,6 +197,7 @@ def test_what_cannot_be_saved_says_so_when_it_is_saved(name, tmp_path):
     assert str(error.value).startswith(f"{type(layer).__name__} 'a': ")
 
 
+@pytest.mark.once
 def test_the_error_lists_all_that_is_missing_once(tmp_path):
     inner = Block(3, act=unregistered, names=(len, unregistered))
     layer = FlaxLayer(Unregistered(nn.Sequential([Unregistered(inner), inner])), name="net")
@@ -240,6 +242,7 @@ def test_the_error_is_about_the_whole_model(tmp_path, backend):
     )
 
 
+@pytest.mark.once
 def test_expressions_go_into_objects_with_configs_of_their_own(tmp_path):
     rules = {".*": jaxwrap.Rule(regularizer=lambda x: keras.ops.sum(x))}
     layer = FlaxLayer(nn.Dense(2), rules=rules, name="dense")
@@ -263,6 +266,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("way", WRITERS)
 def test_every_way_to_write_a_file_asks_for_names(way, tmp_path):
     model = keras.Sequential([keras.Input((4,)), FlaxLayer(Unregistered(nn.Dense(2)))])
@@ -294,6 +298,7 @@ def fresh():
     return Outer(Inner(act))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("what", ["module", "layer", "model"])
 def test_one_call_registers_all(what, tmp_path, monkeypatch):
     module = fresh()
@@ -320,6 +325,7 @@ def test_one_call_registers_all(what, tmp_path, monkeypatch):
     assert find(f"{package}>Outer") is type(again)
 
 
+@pytest.mark.once
 def test_one_call_registers_all_or_nothing():
     module = fresh()
     message = r"not everything that the Outer is made of has a name:\n  `Outer.inner`.* is a lambda"
@@ -342,6 +348,7 @@ class Held:
         return x
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "obj", "message"),
     [
@@ -367,11 +374,13 @@ def test_what_no_file_would_name_is_refused(arguments, obj, message):
         jaxwrap.register_serializable(*arguments)(obj)
 
 
+@pytest.mark.once
 def test_registering_without_a_package_is_refused_at_once():
     with pytest.raises(TypeError, match="a string for `package`"):
         jaxwrap.register_serializable(Held)
 
 
+@pytest.mark.once
 def test_registering_gives_the_object_back():
     def function(x):
         return x
@@ -380,6 +389,7 @@ def test_registering_gives_the_object_back():
     assert find("tests>given") is function
 
 
+@pytest.mark.once
 def test_instances_that_are_registered_are_saved_by_name(tmp_path):
     name = jaxwrap.register_serializable
     module = name("tests_registration", "nnx")(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
@@ -451,6 +461,7 @@ def test_copies_need_no_registration(name, way, backend):
     np.testing.assert_allclose(to_numpy(model(x(3, 4))), expected, 1e-6, 1e-6)
 
 
+@pytest.mark.once
 def test_a_copy_of_a_dataclass_holds_methods_of_its_own_module():
     @dataclasses.dataclass(frozen=True)
     class Encode:
@@ -466,6 +477,7 @@ def test_a_copy_of_a_dataclass_holds_methods_of_its_own_module():
     assert encode.method.__func__ is Unregistered.twice
 
 
+@pytest.mark.once
 def test_a_config_of_another_process_names_what_it_lacks(monkeypatch):
     configs = {
         name: FREE[name]().get_config() for name in ("linen", "linen lambda", "function", "nnx")
@@ -489,6 +501,7 @@ def lambda_field(configs):
     return configs["linen lambda"]["module"]["fields"]["inner"]
 
 
+@pytest.mark.once
 def test_a_pickle_holds_lambdas_and_registered_names_elsewhere(monkeypatch):
     layers = [FREE["lambda"](), FlaxLayer(Block(2))]
     model = keras.Sequential([keras.Input((4,)), *layers])
@@ -498,6 +511,7 @@ def test_a_pickle_holds_lambdas_and_registered_names_elsewhere(monkeypatch):
     np.testing.assert_allclose(to_numpy(again(x(3, 4))), to_numpy(model(x(3, 4))), 1e-6, 1e-6)
 
 
+@pytest.mark.once
 def test_a_config_keeps_nothing_alive():
     module = fresh()
     layer = FlaxLayer(module)
@@ -533,6 +547,7 @@ def linear_and_norm(rngs, width=3):
 register(linear_and_norm)
 
 
+@pytest.mark.once
 def test_an_nnx_module_with_a_factory_keeps_its_values_and_is_saved(tmp_path):
     module = linear_and_norm(nnx.Rngs(5))
     module.layers[0].kernel[...] = np.arange(12, dtype="float32").reshape(4, 3)
@@ -550,6 +565,7 @@ def test_an_nnx_module_with_a_factory_keeps_its_values_and_is_saved(tmp_path):
     np.testing.assert_allclose(to_numpy(again(x(3, 4))), expected, 1e-5, 1e-5)
 
 
+@pytest.mark.once
 def test_a_factory_that_makes_other_variables_is_refused():
     module = linear_and_norm(nnx.Rngs(0))
     with pytest.raises(

@@ -18,11 +18,17 @@ def train(*arguments):
 
 
 @pytest.mark.trains
-def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(
+    "deaths",
+    # How Keras writes a backup is the same on every backend.
+    [pytest.param(["batch", "backup"], marks=pytest.mark.once), ["batch"]],
+    ids="-".join,
+)
+def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(deaths, tmp_path):
     """Weights, state, seeds and optimizer, bit for bit."""
     whole = tmp_path / "whole.npz"
     assert train(tmp_path / "never", whole) == 0
-    for death in ("batch", "backup"):
+    for death in deaths:
         resumed = tmp_path / f"{death}.npz"
         assert train(tmp_path / death, resumed, death) == -signal.SIGKILL
         assert not resumed.exists()

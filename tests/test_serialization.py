@@ -169,6 +169,7 @@ def same(one, two):
     return one == two
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_a_value_comes_back_equal_and_of_its_type(value):
     again = round_trip(value)
@@ -193,6 +194,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.once
 @given(trees)
 @settings(max_examples=200, deadline=None)
 def test_any_nest_comes_back_equal(tree):
@@ -220,6 +222,7 @@ INITIALIZERS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", INITIALIZERS)
 def test_an_initializer_draws_the_same_numbers(name):
     initializer = INITIALIZERS[name]
@@ -229,6 +232,7 @@ def test_an_initializer_draws_the_same_numbers(name):
     assert same(*made)
 
 
+@pytest.mark.once
 def test_names_of_libraries_are_there_and_name_what_they_are():
     """In every version that is tested; a name that is gone would be an error only when a file is read."""
     assert set(NAMES) | set(FACTORIES)
@@ -455,12 +459,14 @@ def test_a_layer_is_copied_and_cloned(name):
     np.testing.assert_allclose(to_numpy(clone(x(3, 4))), to_numpy(model(x(3, 4))), 1e-6, 1e-6)
 
 
+@pytest.mark.once
 def test_what_is_shared_stays_shared(tmp_path):
     layer = LAYERS["equinox shared"]()
     again = save_and_load(layer, x(3, 4), tmp_path)
     assert len(again.weight_table()) == len(layer.weight_table()) == 2
 
 
+@pytest.mark.once
 def test_names_that_keras_has_registered_serve_too(tmp_path):
     save_and_load(FlaxLayer(models.Saved(3)), x(2, 6, 6, 2), tmp_path)
     save_and_load(JaxLayer(models.mlp_call, models.mlp_init), x(2, 4), tmp_path)
@@ -493,6 +499,7 @@ class HolderWithConfig(Holder):
 register(HolderWithConfig)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("cls", [Holder, HolderWithConfig])
 def test_a_frozen_dataclass_comes_back_with_what_its_fields_hold(cls):
     holder = cls(
@@ -508,6 +515,7 @@ def test_a_frozen_dataclass_comes_back_with_what_its_fields_hold(cls):
     assert serialize(again, "again") == serialize(holder, "holder")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("cls", [Holder, HolderWithConfig])
 def test_methods_of_a_module_in_a_dataclass_come_back_as_methods_of_the_new_module(cls):
     net = Net(Size(), Block(3))
@@ -519,6 +527,7 @@ def test_methods_of_a_module_in_a_dataclass_come_back_as_methods_of_the_new_modu
     assert round_trip(cls(net, Net.features)).method is Net.features
 
 
+@pytest.mark.once
 def test_methods_that_a_file_cannot_name_are_refused_when_they_are_saved(tmp_path):
     net = Net(Size(), Block(3))
     other = Net(Size(7), Block(3))
@@ -529,6 +538,7 @@ def test_methods_that_a_file_cannot_name_are_refused_when_they_are_saved(tmp_pat
             keras.Sequential([layer]).save(tmp_path / "model.keras")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "method",
     [
@@ -560,6 +570,7 @@ def test_hostile_methods(method):
         deserialize(config, "value")
 
 
+@pytest.mark.once
 def test_a_config_holds_methods_only_in_fields_of_dataclasses():
     method = {"kind": "method", "field": "x", "name": "features", "bound": True}
     net = through_json(serialize(Net(Size(), Block(3)), "net"))
@@ -570,6 +581,7 @@ def test_a_config_holds_methods_only_in_fields_of_dataclasses():
             deserialize(config, "value")
 
 
+@pytest.mark.once
 def test_fields_with_callables_that_are_not_registered():
     """As a program reads them that did not write them."""
     holder = Holder(Block(3), method=local_call)
@@ -589,6 +601,7 @@ def local_call(inputs):
     return inputs + 1
 
 
+@pytest.mark.once
 def test_custom_objects_serve_for_what_is_not_registered(tmp_path):
     model = keras.Sequential([keras.Input((4,)), JaxLayer(local_call)])
     with pytest.warns(
@@ -603,6 +616,7 @@ def test_custom_objects_serve_for_what_is_not_registered(tmp_path):
     np.testing.assert_allclose(to_numpy(loaded(x(2, 4))), x(2, 4) + 1, 1e-6)
 
 
+@pytest.mark.once
 def test_a_lambda_is_loaded_as_keras_loads_it(tmp_path):
     model = keras.Sequential([keras.Input((4,)), JaxLayer(lambda inputs: inputs + 1)])
     message = r"^`layer.call_fn` is a lambda, .*`safe_mode=False`.*register_serializable"
@@ -634,6 +648,7 @@ class FixedArguments(JaxLayer):
         return {"factor": self.factor, "name": self.name}
 
 
+@pytest.mark.once
 def test_a_subclass_with_a_config_of_its_own():
     again = FixedArguments.from_config(FixedArguments(3.0, name="times").get_config())
     assert (again.factor, again.name) == (3.0, "times")

@@ -43,6 +43,7 @@ def rows(model, **kwargs):
     return [[cell.strip() for cell in line.split("│")] for line in lines]
 
 
+@pytest.mark.once
 def test_expanded_summary_shows_the_tree():
     layer = FlaxLayer(Net(), name="net", rules={"params/norm/.*": Rule(trainable=False)})
     model = model_of(layer, 4)
@@ -60,6 +61,7 @@ def test_expanded_summary_shows_the_tree():
     assert len([name for name in names if "(Module)" in name]) == 4
 
 
+@pytest.mark.once
 def test_other_summaries_are_as_before():
     layer = FlaxLayer(Net(), name="net")
     assert not any("(Module)" in row[0] for row in rows(model_of(layer, 4)))
@@ -71,6 +73,7 @@ def test_other_summaries_are_as_before():
     assert FlaxLayer(Net()).layers == ()  # not built
 
 
+@pytest.mark.once
 def test_modules_are_no_layers(tmp_path):
     layer = FlaxLayer(models.Cnn(), name="cnn")
     model = model_of(layer, 6, 6, 2)
@@ -91,6 +94,7 @@ def test_modules_are_no_layers(tmp_path):
         layer.layers[0].trainable = True
 
 
+@pytest.mark.once
 def test_a_class_keeps_its_own_layers():
     class Own(FlaxLayer):
         def __init__(self, **kwargs):

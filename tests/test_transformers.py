@@ -144,6 +144,7 @@ def test_another_backend_reads_the_file(tmp_path, backend):
     np.testing.assert_allclose(np.load(files[1]), native(model, tokens()).logits, 1e-5, 1e-6)
 
 
+@pytest.mark.once
 def test_arguments_are_filled_in_as_the_model_does():
     model = bert()
     mask = np.array([[1] * 7, [1] * 4 + [0] * 3] * 2, "int32")
@@ -206,6 +207,7 @@ def test_batch_statistics_are_state():
     np.testing.assert_allclose(to_numpy(layer(inputs)), native(model, inputs).logits, 1e-4, 1e-5)
 
 
+@pytest.mark.once
 def test_a_model_without_values():
     full, empty = bert(), bert(_do_init=False)
     layer = from_transformers(empty, output="logits", params=full.params)
@@ -215,6 +217,7 @@ def test_a_model_without_values():
     np.testing.assert_array_equal(to_numpy(made(tokens())), to_numpy(again(tokens())))
 
 
+@pytest.mark.once
 def test_wrap_knows_the_models():
     layer = jaxwrap.wrap(bert(), output="logits")
     assert layer.adapter.output == "logits"

@@ -37,6 +37,7 @@ def values(layer):
 # Names.
 
 
+@pytest.mark.once
 def test_paths_are_those_of_the_leaves():
     layer = JaxLayer(lambda params, inputs: inputs, params=[{"w": 1.0}, models.Affine(1.0, 2.0)])
     assert [v.path.partition("/")[2] for v in layer.variables] == [
@@ -65,6 +66,7 @@ def test_summary_names_the_layer(capsys):
     assert "variable_" not in "\n".join(lines)
 
 
+@pytest.mark.once
 def test_weight_table():
     layer = cnn(rules={".*/bias": Rule(trainable=False)})
     table = layer.weight_table()
@@ -79,6 +81,7 @@ def test_weight_table():
         FlaxLayer(models.Cnn()).weight_table()
 
 
+@pytest.mark.once
 def test_weight_table_sums_by_module():
     rules = {".*/bias": Rule(trainable=False), "params/Conv_0/kernel": Rule(dtype="bfloat16")}
     layer = cnn(rules=rules)
@@ -100,6 +103,7 @@ def test_weight_table_sums_by_module():
         layer.weight_table(depth=0)
 
 
+@pytest.mark.once
 def test_sums_count_below_the_layer_and_each_part_of_a_leaf():
     inner = FlaxLayer(nn.Dense(3), name="inner")
     model = keras.Sequential([keras.Input((2,)), inner], name="outer")
@@ -114,6 +118,7 @@ def test_sums_count_below_the_layer_and_each_part_of_a_leaf():
 # Rules.
 
 
+@pytest.mark.once
 def test_later_rules_win_and_all_that_match_apply():
     layer = cnn(
         rules={
@@ -131,11 +136,13 @@ def test_later_rules_win_and_all_that_match_apply():
     assert isinstance(kernel.constraint, keras.constraints.NonNeg)
 
 
+@pytest.mark.once
 def test_a_pattern_must_match_the_whole_path():
     with pytest.raises(ValueError, match=r"'kernel' does not match any of the 8 paths"):
         cnn(rules={"kernel": Rule(trainable=False)})
 
 
+@pytest.mark.once
 def test_a_pattern_that_matches_nothing_lists_near_paths():
     layer = FlaxLayer(models.Cnn(), rules={"params/Dense_0/kernal": Rule(trainable=False)})
     with pytest.raises(ValueError, match=r"Near it: .*params/Dense_0/kernel"):
@@ -143,6 +150,7 @@ def test_a_pattern_that_matches_nothing_lists_near_paths():
     assert not layer.weights
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("rule", "path"),
     [
@@ -165,6 +173,7 @@ def test_a_rule_that_can_say_nothing(rule, path):
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "make",
     [
@@ -178,6 +187,7 @@ def test_what_is_no_rule(make):
         make()
 
 
+@pytest.mark.once
 def test_a_pattern_that_is_no_regular_expression():
     with pytest.raises(ValueError, match="is not a regular expression"):
         JaxLayer(models.mlp_call, models.mlp_init, rules={"(": Rule(trainable=False)})
@@ -398,6 +408,7 @@ def test_set_variables_assigns_all_or_nothing():
     np.testing.assert_allclose(layer.get_variables()["params"]["Conv_0"]["bias"], np.ones(4))
 
 
+@pytest.mark.once
 def test_rules_are_in_the_config():
     rules = {".*/w": Rule(regularizer="l2", dtype="bfloat16"), ".*/b": Rule(trainable=False)}
     layer = JaxLayer(models.mlp_call, models.mlp_init, rules=rules)
@@ -409,6 +420,7 @@ def test_rules_are_in_the_config():
     assert again.params[1]["w"].regularizer.get_config() == keras.regularizers.L2().get_config()
 
 
+@pytest.mark.once
 def test_rules_reach_linen_modules_of_any_depth():
     class Deep(nn.Module):
         @nn.compact

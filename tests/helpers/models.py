@@ -49,6 +49,15 @@ def ints(*shape, high=7):
     return lambda rng, batch: rng.integers(0, high, (batch, *shape)).astype("int32")
 
 
+def once_except(names, everywhere):
+    """Parameters of a test that all run on the first backend, and those of `everywhere` on the others too."""
+    unknown = set(everywhere) - set(names)
+    assert not unknown, unknown
+    return [
+        name if name in everywhere else pytest.param(name, marks=pytest.mark.once) for name in names
+    ]
+
+
 def rows(table, quick):
     """The names of the rows of a table, for `parametrize`; those in `quick` have the marker."""
     assert set(quick) <= set(table)
