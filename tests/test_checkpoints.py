@@ -305,6 +305,8 @@ def test_a_dry_run_prints_and_assigns_nothing(tmp_path, capsys):
         ({"params/Dense_0/bias": "params/Dense_1"}, "'params/Dense_1.*cannot be in one file with"),
         ({3: "a"}, "must map patterns to names or None"),
         ({".*": 3}, "must map patterns to names or None"),
+        (3, "`names` must be a dict from patterns to names, or pairs of both; received 3"),
+        (["params"], r"`names` must be a dict .* received \['params'\]"),
     ],
 )
 def test_wrong_names(names, message, tmp_path):
@@ -312,6 +314,17 @@ def test_wrong_names(names, message, tmp_path):
     with pytest.raises((TypeError, ValueError), match=rf"^FlaxLayer 'mixed': .*{message}"):
         checkpoints.save(layer, tmp_path / "w.msgpack", names=names)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.once
+def test_no_names(tmp_path):
+    layer = make()
+    before = flat(layer.get_variables())
+    checkpoints.save(layer, tmp_path / "w.msgpack", names=None)
+    checkpoints.load(layer, tmp_path / "w.msgpack", names=None)
+    assert_equal(flat(layer.get_variables()), before)
+    with pytest.raises(TypeError, match=r"^FlaxLayer 'mixed': the pattern must be a string"):
+        checkpoints.load(layer, tmp_path / "w.msgpack", only=["params/.*"])
 
 
 @pytest.mark.once

@@ -185,7 +185,7 @@ for file, layer in layers.items():
     layer.build(x.shape)
     print(file)
     jaxwrap.checkpoints.load(
-        layer, folder / file, names=names.get(file, {}), dry_run=True
+        layer, folder / file, names=names.get(file), dry_run=True
     )
     print()
 
@@ -201,7 +201,7 @@ native = {
 }
 for file, layer in layers.items():
     jaxwrap.checkpoints.load(
-        layer, folder / file, names=names.get(file, {})
+        layer, folder / file, names=names.get(file)
     )
     loaded = keras.ops.convert_to_numpy(layer(x))
     difference = np.abs(loaded - native[file](x)).max()

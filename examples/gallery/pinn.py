@@ -200,6 +200,6 @@ for index in (0, 33, 66, 99):
     rows[1, 2].plot(x, truth[:, index], color="#cccccc", lw=4)
     label = f"t = {line[index]:.2f}"
     rows[1, 2].plot(x, wave_field[:, index], lw=1.5, label=label)
-rows[1, 2].set(title="The wave, and the truth in grey", xlabel="x")
+rows[1, 2].set(title="The wave (truth in grey)", xlabel="x")
 rows[1, 2].legend(fontsize=8)
 plt.show()

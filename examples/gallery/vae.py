@@ -26,8 +26,8 @@ x = (x / 16).astype("float32")
 # The module
 # ----------
 # ``make_rng("latent")`` draws in training only. What the module sows as
-# ``losses`` is added to the loss of the Keras model, and ``fit`` shows
-# what it sows as ``metrics``.
+# ``losses`` is added to the loss of the Keras model, and shown by its
+# name, like what it sows as ``metrics``.
 
 
 class VAE(nn.Module):

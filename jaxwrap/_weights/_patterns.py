@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SECONDS = 5
@@ -23,8 +23,14 @@ def compile_pattern(pattern: str, what: str = "the pattern") -> Any:
         what: How errors call it.
 
     Raises:
+        TypeError: If it is not a string.
         ValueError: If it is not a regular expression, or too large.
     """
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"{what} must be a string, a regular expression such as '.*/kernel'; received {pattern!r}. Join several by "
+            "`|`."
+        )
     # Expressions of `re` and `regex` can take forever to match, and gigabytes to compile.
     import re2
 
@@ -45,6 +51,28 @@ def compile_pattern(pattern: str, what: str = "the pattern") -> Any:
             f"{what} {pattern[:200]!r} is not a regular expression: {reason}. The syntax is that of RE2: as in Python, "
             "but without lookaround and backreferences, and with at most 1000 repetitions in braces."
         ) from error
+
+
+def pairs_of(patterns: Any, name: str, values: str) -> list[Any]:
+    """Return the pairs of a dict by pattern, or of an iterable of pairs. None has no pairs.
+
+    Args:
+        patterns: The argument.
+        name: How errors call it.
+        values: Likewise what patterns are mapped to.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if isinstance(patterns, Mapping):
+        return list(patterns.items())
+    is_iterable = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    pairs = list(patterns) if is_iterable else [patterns] * (patterns is not None)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise TypeError(
+            f"`{name}` must be a dict from patterns to {values}, or pairs of both; received {patterns!r}."
+        )
+    return pairs
 
 
 def match(pattern: str, paths: Sequence[str], example: str = ".*/kernel") -> list[int]:

@@ -12,7 +12,7 @@ import keras
 from jaxwrap._dtypes import check_dtype
 from jaxwrap._serialization import deserialize, serialize, serialize_callable
 from jaxwrap._weights._axes import check_axes
-from jaxwrap._weights._patterns import compile_pattern, match
+from jaxwrap._weights._patterns import compile_pattern, match, pairs_of
 from jaxwrap._weights._reparametrization import Reparametrization
 
 AGGREGATIONS = ("mean", "sum", "only_first_replica", "none")
@@ -117,13 +117,13 @@ class Rules:
 
     def __init__(self, rules: Mapping[str, Rule] | Iterable[tuple[str, Rule]] | None):
         self.pairs: list[tuple[str, Rule]] = []
-        for pattern, rule in rules.items() if isinstance(rules, Mapping) else rules or ():
-            if not isinstance(pattern, str) or not isinstance(rule, Rule):
+        for pattern, rule in pairs_of(rules, "rules", "`jaxwrap.Rule`"):
+            # Paths exist after building only, but a wrong expression can fail now.
+            compile_pattern(pattern)
+            if not isinstance(rule, Rule):
                 raise TypeError(
                     f"`rules` must map patterns to `jaxwrap.Rule`; received {pattern!r}: {rule!r}."
                 )
-            # Paths exist after building only, but a wrong expression can fail now.
-            compile_pattern(pattern)
             self.pairs.append((pattern, rule))
 
     def resolve(self, paths: Sequence[str]) -> list[Rule]:

@@ -31,7 +31,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002 (the usual word)
-    names: Names = (),
+    names: Names = None,
     trainable_only: bool = False,
 ) -> None:
     r"""Write the weights of a layer, or of a model, as a checkpoint of a JAX library.
@@ -52,7 +52,7 @@ def save(
         format: "msgpack", "orbax", "safetensors", "npz" or "eqx". By default the suffix of `path` decides. `.orbax`, or
             no suffix, is Orbax.
         names: New names, as a dict or as pairs, from a pattern of the path: `{r"params/(.*)": r"model/\1"}`. The first
-            pattern that matches a whole path gives its name, as in `re.sub`. None leaves the weight out. Or a function
+            pattern that matches a whole path gives its name, as in `re.sub`. None leaves a weight out. Or a function
             from the path to the name or None.
         trainable_only: Write the variables that are trained, and no others: the adapters of LoRA without their bases. A
             reparametrized leaf is written as its parts. `load` knows such a file by its names, which begin with
@@ -102,7 +102,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002
-    names: Names = (),
+    names: Names = None,
     only: str | None = None,
     progress: bool = False,
     dry_run: bool = False,

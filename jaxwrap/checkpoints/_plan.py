@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxwrap._dtypes import can_hold
-from jaxwrap._weights._patterns import compile_pattern, match
+from jaxwrap._weights._patterns import compile_pattern, match, pairs_of
 from jaxwrap._weights._table import format_table
 
-Names = Mapping[str, str | None] | Iterable[tuple[str, str | None]] | Callable[[str], str | None]
+Names = (
+    Mapping[str, str | None] | Iterable[tuple[str, str | None]] | Callable[[str], str | None] | None
+)
 
 
 class Entry(NamedTuple):
@@ -76,7 +78,7 @@ def rename(names: Sequence[str], patterns: Names) -> dict[str, str | None]:
         renamed = {name: _checked(name, patterns(name)) for name in names}
         _check_unique(renamed)
         return renamed
-    pairs: list[Any] = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
+    pairs = pairs_of(patterns, "names", "names")
     compiled = [(_compile(pair), pair[1]) for pair in pairs]
     used, renamed = set(), {}
     for name in names:
