@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import sys
 from typing import NamedTuple
 
@@ -19,23 +20,24 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 BACKENDS = ("jax", "tensorflow", "torch", "numpy")
 GALLERY = pathlib.Path("examples", "gallery")
 # What a backend needs besides JAX.
+# What the benchmarks compare on PyTorch.
+RIVALS = ("torchax", "jax2torch", "torch-jax-interop")
 FRAMEWORKS = {"tensorflow": ("tensorflow==2.21.*",), "torch": ("torch==2.13.0",)}
 # GPUs round differently: on them, backends agree to 1e-5 only with settings of their own.
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 class Python(NamedTuple):
-    """What a version of Python is tested with."""
+    """What a version of Python is tested with: its JAX, and for each backend the marker of the tests, "" for all."""
 
     jax: str
-    backends: tuple[str, ...]
-    pytest: tuple[str, ...] = ()
+    backends: dict[str, str]
 
 
 PYTHONS = {
-    "3.11": Python("0.10.*", BACKENDS),
-    "3.12": Python("0.12.*", ("jax", "tensorflow")),
-    "3.13": Python("0.12.*", ("jax",), ("-m", "quick")),
+    "3.11": Python("0.10.*", dict.fromkeys(BACKENDS, "")),
+    "3.12": Python("0.12.*", {"jax": "each_jax", "tensorflow": "lowered"}),
+    "3.13": Python("0.12.*", {"jax": "quick"}),
 }
 
 # Python: the folder with the programs of its environment, which its sessions share.
@@ -85,16 +87,17 @@ def env(session):
 
 def add_tests(python):
     """Adds the session `tests-3.11(torch)` and its like; returns their names."""
-    _, backends, arguments = PYTHONS[python]
+    backends = PYTHONS[python].backends
     name = f"tests-{python}"
 
     @nox.session(name=name, venv_backend="none", requires=[f"env-{python}"], default=False)
-    @nox.parametrize("backend", backends, ids=backends)
+    @nox.parametrize("backend", [*backends], ids=[*backends])
     def tests_on(session, backend):
         """Run the tests on one backend; arguments after `--` go to pytest."""
         if python not in programs:
             session.skip(f"there is no Python {python}")
-        run_pytest(session, programs[python], backend, backends, *arguments, *session.posargs)
+        marker = ["-m", backends[backend]] if backends[backend] else []
+        run_pytest(session, programs[python], backend, backends, *marker, *session.posargs)
 
     return [f"{name}({backend})" for backend in backends]
 
@@ -167,6 +170,10 @@ def docs(session):
     session.install("--quiet", *requirements_of("docs"))
     env = {**ON_CPU, **compiled_once(session), "KERAS_BACKEND": "jax"}
     session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build/html", env=env)
+    if shutil.which("chromium") or shutil.which("chromium-browser"):
+        session.run("python", "docs/_check_pages.py", "docs/_build/html")
+    else:
+        session.warn("SKIPPED: the check of the pages in Chromium, which is not installed")
 
 
 @nox.session(default=False)
@@ -205,5 +212,5 @@ def benchmarks(session):
     install(session, session.python, BACKENDS)
     session.install("--quiet", *requirements_of("benchmark"))
     # Without their dependencies, which would change the torch and the JAX that all are measured with.
-    session.install("--quiet", "--no-deps", "torchax", "jax2torch")
+    session.install("--quiet", "--no-deps", *RIVALS)
     session.run("python", "-m", "benchmarks", *session.posargs, env=ON_CPU)

@@ -120,6 +120,22 @@ def torchax(apply, params):
     return call, parameters
 
 
+def torch_jax_interop(apply, params):
+    """The package of this name. It holds the parameters, and calls `jax.vjp` in each call, without gradients too."""
+    from torch_jax_interop import WrappedJaxFunction
+
+    module = WrappedJaxFunction(jax.jit(apply), params, clone_params=True)
+    aligned = {}
+
+    def call(inputs):
+        # It refuses memory that JAX would have to copy, such as NumPy's. Torch aligns its own.
+        if id(inputs) not in aligned:
+            aligned[id(inputs)] = inputs.clone()
+        return module(aligned[id(inputs)])
+
+    return call, list(module.parameters())
+
+
 def bridges():
     """Those that this backend has a use for, by name."""
     if BACKEND != "torch":
@@ -127,6 +143,7 @@ def bridges():
     return {
         "dlpack bridge": dlpack,
         "dlpack bridge, kept aliases": kept_dlpack,
+        "torch-jax-interop": torch_jax_interop,
         "jax2torch": jax2torch,
         "torchax": torchax,
     }

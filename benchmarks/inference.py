@@ -1,9 +1,12 @@
 """Eager inference: a layer called on a tensor of the backend, beside the jitted call of its module."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from flax import nnx
 
 import jaxwrap
 from benchmarks import rows
@@ -32,9 +35,8 @@ def eager(rounds, seconds):
             ),
         }
         own = own_layers(name)
-        yield from _race(name, model.title, module.apply, model.variables, layers, inputs, own)(
-            rounds, seconds
-        )
+        run = _race(name, model.title, module.apply, model.variables, layers, inputs, own, module)
+        yield from run(rounds, seconds)
 
 
 def eager_tree(rounds, seconds):
@@ -47,7 +49,7 @@ def eager_tree(rounds, seconds):
     yield from _race("tree", "2,000 leaves", call, lambda: params, layers, inputs)(rounds, seconds)
 
 
-def _race(name, title, apply, variables, layers, inputs, own=None):
+def _race(name, title, apply, variables, layers, inputs, own=None, module=None):
     """All that can be called on these inputs, the native call first and jaxwrap beside it."""
 
     def native():
@@ -71,6 +73,8 @@ def _race(name, title, apply, variables, layers, inputs, own=None):
     makers = {NATIVE: native}
     makers |= {label: layer(make) for label, make in layers.items()}
     makers |= {label: bridge(make) for label, make in bridges().items()}
+    if BACKEND == "jax" and module is not None:
+        makers["flax.nnx.bridge"] = functools.partial(_nnx_bridge, module, variables, inputs)
     if own is not None:
         makers[own[0]] = _own_layers(own, inputs)
     expected = np.asarray(native()())
@@ -88,6 +92,16 @@ def _race(name, title, apply, variables, layers, inputs, own=None):
         yield from rows.compare("eager", f"eager inference, {title}", done, [NATIVE], targets)
 
     return run
+
+
+def _nnx_bridge(module, variables, inputs):
+    """The Linen module as an NNX module, jitted."""
+    x = jnp.asarray(inputs)
+    bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
+    for name, value in nnx.bridge.variables.linen_vars_to_nnx_attrs(variables()).items():
+        setattr(bridged, name, value)
+    call = nnx.jit(lambda bridged, x: bridged(x))
+    return lambda: jax.block_until_ready(call(bridged, x))
 
 
 def _own_layers(own, inputs):

@@ -39,27 +39,44 @@ def add_inventories(app, config):
     """Make the inventories of other libraries, in the format that intersphinx reads."""
     folder = pathlib.Path(app.doctreedir)
     folder.mkdir(parents=True, exist_ok=True)
-    for library, entry in tomllib.loads(INVENTORIES.read_text()).items():
+    for library, entry in tomllib.loads(
+        INVENTORIES.read_text()
+    ).items():
         lines = []
         for name, page in entry["names"].items():
             # One role for all: annotations look for classes, text for anything.
-            lines.append(f"{name} py:class 1 {page + name if page.endswith('#') else page} -\n")
+            lines.append(
+                f"{name} py:class 1 {page + name if page.endswith('#') else page} -\n"
+            )
         path = folder / f"{library.replace(' ', '-')}.inv"
         head = f"# Sphinx inventory version 2\n# Project: {library}\n# Version: \n# zlib\n"
-        path.write_bytes(head.encode() + zlib.compress("".join(lines).encode()))
-        config.intersphinx_mapping[path.stem] = (entry["url"], str(path))
+        path.write_bytes(
+            head.encode() + zlib.compress("".join(lines).encode())
+        )
+        config.intersphinx_mapping[path.stem] = (
+            entry["url"],
+            str(path),
+        )
 
 
-def name_role(role, rawtext, text, lineno, inliner, options=None, content=()):
+def name_role(
+    role, rawtext, text, lineno, inliner, options=None, content=()
+):
     """Show `text` as code, and link it if it is a name that the reference has."""
     if match := NAME.fullmatch(text):
-        reference = inliner.document.settings.env.domains["py"].role("obj")
-        return reference("py:obj", rawtext, f"{text} <{match[1]}>", lineno, inliner)
+        reference = inliner.document.settings.env.domains["py"].role(
+            "obj"
+        )
+        return reference(
+            "py:obj", rawtext, f"{text} <{match[1]}>", lineno, inliner
+        )
     # Backslashes are part of the code.
     return [nodes.literal(rawtext, unescape(text, True))], []
 
 
-def show_signature(app, what, name, obj, options, signature, return_annotation):
+def show_signature(
+    app, what, name, obj, options, signature, return_annotation
+):
     """Show arguments with the types that the source has: short names, where autodoc shows private paths.
 
     For a class these are the arguments of `__init__`. Autodoc shows those of Keras's `Layer.__new__`.
@@ -76,13 +93,22 @@ def show_signature(app, what, name, obj, options, signature, return_annotation):
     scope = getattr(inspect.unwrap(function), "__globals__", {})
     parameters = [
         parameter.replace(
-            annotation=short(parameter.annotation, scope), default=plain(parameter.default)
+            annotation=short(parameter.annotation, scope),
+            default=plain(parameter.default),
         )
         for parameter in parameters
     ]
-    returned = None if what == "class" else short(shown.return_annotation, scope)
-    shown = shown.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
-    return stringify_signature(shown), None if returned is inspect.Signature.empty else returned
+    returned = (
+        None
+        if what == "class"
+        else short(shown.return_annotation, scope)
+    )
+    shown = shown.replace(
+        parameters=parameters, return_annotation=inspect.Signature.empty
+    )
+    return stringify_signature(
+        shown
+    ), None if returned is inspect.Signature.empty else returned
 
 
 def short(annotation, scope):
@@ -93,7 +119,9 @@ def short(annotation, scope):
         if not isinstance(value, types.UnionType | types.GenericAlias):
             return word[0]
         text = stringify_annotation(value, "smart")
-        return text.replace("~collections.abc.", "").replace("[[...], ", "[..., ")
+        return text.replace("~collections.abc.", "").replace(
+            "[[...], ", "[..., "
+        )
 
     if not isinstance(annotation, str):
         return annotation
@@ -112,9 +140,19 @@ def plain(default):
 
 def show_bases(app, name, obj, options, bases):
     """Show the nearest public class alone."""
-    public = {getattr(jaxwrap, name): f"jaxwrap.{name}" for name in jaxwrap.__all__}
-    public |= {operator.attrgetter(name.removeprefix("keras."))(keras): name for name in BASES}
-    bases[:] = [f":py:class:`{public[cls]}`" for cls in obj.__mro__[1:] if cls in public][:1]
+    public = {
+        getattr(jaxwrap, name): f"jaxwrap.{name}"
+        for name in jaxwrap.__all__
+    }
+    public |= {
+        operator.attrgetter(name.removeprefix("keras."))(keras): name
+        for name in BASES
+    }
+    bases[:] = [
+        f":py:class:`{public[cls]}`"
+        for cls in obj.__mro__[1:]
+        if cls in public
+    ][:1]
 
 
 def source_of_methods(app, module):
@@ -124,7 +162,8 @@ def source_of_methods(app, module):
     analyzer = ModuleAnalyzer.for_module(module)
     analyzer.find_tags()
     moved = {
-        name.replace(Weighted.__name__, "JaxLayer", 1): tag for name, tag in analyzer.tags.items()
+        name.replace(Weighted.__name__, "JaxLayer", 1): tag
+        for name, tag in analyzer.tags.items()
     }
     return analyzer.code, analyzer.tags | moved
 
@@ -136,7 +175,15 @@ def resolve_own(app, env, node, contnode):
     python = env.domains["py"]
     name = f"jaxwrap.{node['reftarget']}"
     if name in python.objects:
-        return python.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
+        return python.resolve_xref(
+            env,
+            node["refdoc"],
+            app.builder,
+            "obj",
+            name,
+            node,
+            contnode,
+        )
     return None
 
 
@@ -156,16 +203,36 @@ class Results(SphinxDirective):
             module, _, name = path.rpartition(".")
             scope = vars(importlib.import_module(module))
             cls = scope[name]
-            text = str(GoogleDocstring(inspect.getdoc(cls), self.config, what="class"))
+            text = str(
+                GoogleDocstring(
+                    inspect.getdoc(cls), self.config, what="class"
+                )
+            )
             fields = ", ".join(
                 f"{field}: {short(cls.__annotations__[field].__forward_arg__, scope)}"
                 for field in getattr(cls, "_fields", ())
             )
-            head = f".. py:class:: {name}({fields})" if fields else f".. py:class:: {name}"
-            lines += [head, "", *textwrap.indent(text, "   ").splitlines(), ""]
+            head = (
+                f".. py:class:: {name}({fields})"
+                if fields
+                else f".. py:class:: {name}"
+            )
+            lines += [
+                head,
+                "",
+                *textwrap.indent(text, "   ").splitlines(),
+                "",
+            ]
             for part, value in vars(cls).items():
-                if isinstance(value, property) and not part.startswith("_"):
-                    lines += [f"   .. py:property:: {part}", "", f"      {value.__doc__}", ""]
+                if isinstance(value, property) and not part.startswith(
+                    "_"
+                ):
+                    lines += [
+                        f"   .. py:property:: {part}",
+                        "",
+                        f"      {value.__doc__}",
+                        "",
+                    ]
         return self.parse_text_to_nodes("\n".join(lines))
 
 

@@ -20,11 +20,13 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    "_site",
 ]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"jaxwrap {version}"
+html_favicon = "_static/favicon.svg"
 
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
@@ -48,7 +50,9 @@ autosummary_generate = False
 default_role = "name"
 # Signatures show the types.
 napoleon_attr_annotations = False
-autodoc_type_aliases = {name: name for name in ("Array", "PyTree", "Tensor")}
+autodoc_type_aliases = {
+    name: name for name in ("Array", "PyTree", "Tensor")
+}
 # An argument a line, if they do not fit on one.
 python_maximum_signature_line_length = 68
 
@@ -66,4 +70,6 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
     "doc_module": ("jaxwrap",),
+    # Where `minigallery` keeps what it has found.
+    "backreferences_dir": "gallery/backreferences",
 }

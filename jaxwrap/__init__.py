@@ -1,12 +1,12 @@
 """jaxwrap: any pure JAX function, and any module of a JAX library, as a real Keras 3 layer on every Keras backend."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
 # First, since it says what to install when Keras cannot import its backend.
 from jaxwrap import _bridge as _bridge
-from jaxwrap import checkpoints as checkpoints
 from jaxwrap import reparametrizations as reparametrizations
-from jaxwrap._export import export
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import Adapter, CallResult, JaxLayer, follow_torch_mode
 from jaxwrap._serialization import register_serializable
@@ -21,6 +21,10 @@ from jaxwrap.adapters import (
     register_adapter,
     wrap,
 )
+
+if TYPE_CHECKING:
+    from jaxwrap import checkpoints as checkpoints
+    from jaxwrap._export import export
 
 __all__ = [
     "Adapter",
@@ -45,3 +49,12 @@ __all__ = [
     "wrap_function",
 ]
 __version__ = _version("jaxwrap")
+
+
+def __getattr__(name: str) -> object:
+    """Import what few programs use, when one does. No file names a class in there."""
+    if name == "checkpoints":
+        return _import_module("jaxwrap.checkpoints")
+    if name == "export":
+        return _import_module("jaxwrap._export").export
+    raise AttributeError(f"module 'jaxwrap' has no attribute {name!r}")

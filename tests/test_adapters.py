@@ -19,6 +19,8 @@ from zoo import ZOO, EqxConvNet, NnxAttention, NnxCnn
 import jaxwrap
 from jaxwrap import EquinoxLayer, FlaxLayer, HaikuLayer, JaxLayer, NNXLayer
 
+pytestmark = pytest.mark.each_jax
+
 
 def paths(variables):
     return {v.path.partition("/")[2] for v in variables}

@@ -16,6 +16,8 @@ from models import x
 import jaxwrap
 from jaxwrap import EquinoxLayer, FlaxLayer, HaikuLayer, JaxLayer, NNXLayer
 
+pytestmark = pytest.mark.each_jax
+
 # `call_arguments`.
 
 

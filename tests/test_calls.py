@@ -18,6 +18,8 @@ from models import x
 from jaxwrap import CallResult, FlaxLayer, JaxLayer
 from jaxwrap._pytree import is_array, partition
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 
 def tensor(*shape, seed=0):
     return keras.ops.convert_to_tensor(x(*shape, seed=seed))

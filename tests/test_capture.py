@@ -13,7 +13,7 @@ from models import x
 import jaxwrap
 from jaxwrap import FlaxLayer, NNXLayer
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.each_jax]
 
 
 class Block(nn.Module):

@@ -12,6 +12,8 @@ from models import x
 
 from jaxwrap import CallResult, FlaxLayer, JaxLayer
 
+pytestmark = pytest.mark.each_jax
+
 
 class Mixture(nn.Module):
     """Sows what a mixture of experts sows."""
@@ -93,6 +95,38 @@ def test_sown_metrics_are_averaged_over_batches_and_shown_by_fit():
     np.testing.assert_allclose(history["val_moe/load"], [loads[0]] * 2, 1e-5)
     evaluated = model.evaluate(inputs[:4], x(4, 1), verbose=0, return_dict=True)
     np.testing.assert_allclose(evaluated["moe/load"], loads[0], 1e-5)
+
+
+@pytest.mark.trains
+def test_sown_losses_are_shown_by_fit():
+    layer, model = mixture()
+    inputs, targets = x(8, 4), x(8, 1, seed=1)
+    outputs, sown = Mixture().apply(layer.get_variables(), inputs, mutable=["losses"])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    history = model.fit(inputs, targets, batch_size=8, verbose=0).history
+    balance, z = (float(sown["losses"][name][0].sum()) for name in ("balance", "z"))
+    np.testing.assert_allclose(history["moe/balance"], [balance], 1e-5)
+    np.testing.assert_allclose(history["moe/z"], [z], 1e-5)
+    total = ((outputs - targets) ** 2).mean() + balance + z
+    np.testing.assert_allclose(history["loss"], [total], 1e-5)
+
+
+def test_names_that_are_sown_twice():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            for scale in (1.0, 2.0):
+                self.sow("losses", "size", scale * inputs.sum())
+            self.sow("metrics", "size", inputs)
+            self.sow("more", "size", 5 * inputs)
+            return inputs
+
+    layer = FlaxLayer(Twice(), name="twice", collections={"more": "loss"})
+    layer(np.ones(4, "float32"))
+    (loss,) = layer.losses
+    assert float(to_numpy(loss)) == 3 * 4 + 5 * 4
+    results = {metric.name: float(to_numpy(metric.result())) for metric in layer.metrics}
+    assert results == {"twice/size": 1, "twice/losses/size": 12, "twice/more/size": 20}
 
 
 def test_metrics_of_a_function():

@@ -16,6 +16,8 @@ from models import x
 import jaxwrap
 from jaxwrap import FlaxLayer, JaxLayer
 
+pytestmark = pytest.mark.each_jax
+
 
 @flax.struct.dataclass
 class Normal:

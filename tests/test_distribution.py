@@ -15,7 +15,7 @@ import pytest
 
 import jaxwrap
 
-pytestmark = [pytest.mark.only("jax"), pytest.mark.trains]
+pytestmark = [pytest.mark.only("jax"), pytest.mark.trains, pytest.mark.each_jax]
 
 HELPERS = pathlib.Path(__file__).parent / "helpers"
 COUNT = "--xla_force_host_platform_device_count"

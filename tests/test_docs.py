@@ -37,6 +37,13 @@ def test_page(page, backend, tmp_path, monkeypatch):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("page", PAGES)
+def test_code_fits_a_phone(page):
+    blocks = BLOCK.finditer((ROOT / page).read_text())
+    assert [line for block in blocks for line in block["code"].split("\n") if len(line) > 72] == []
+
+
+@pytest.mark.once
 def test_the_gallery_has_an_order():
     """The docs build runs the tutorials, and needs a place for each."""
     order = re.search(r"ORDER = (\(.*?\))", (ROOT / "docs/_gallery.py").read_text(), re.DOTALL)[1]

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import jaxwrap
 from jaxwrap import JaxLayer
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 DTYPES = [
     "bool",
     "uint8",

@@ -22,6 +22,8 @@ from models import x
 import jaxwrap
 from jaxwrap import FlaxLayer, JaxLayer
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 
 @pytest.fixture(autouse=True)
 def _quiet():

@@ -19,6 +19,8 @@ from jaxwrap import FlaxLayer, JaxLayer
 from jaxwrap._export import _litert_rules, _onnx_rules
 from jaxwrap._export._rewriting import rewrite
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 
 @pytest.fixture(autouse=True)
 def _quiet():

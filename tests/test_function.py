@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import jaxwrap
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.each_jax, pytest.mark.lowered]
 
 
 def several(x, w, index, unused):

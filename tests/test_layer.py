@@ -14,6 +14,8 @@ from models import MODELS, x
 import jaxwrap
 from jaxwrap import JaxLayer
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 
 def mlp(**kwargs):
     return JaxLayer(models.mlp_call, models.mlp_init, **kwargs)

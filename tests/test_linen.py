@@ -11,6 +11,8 @@ from backends import to_numpy
 
 from jaxwrap import FlaxLayer
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 
 def images():
     return np.random.default_rng(0).standard_normal((4, 6, 6, 2)).astype("float32")

@@ -190,3 +190,31 @@ def test_repr_names_the_function():
     assert repr(metric) == "<JaxMetric 'mine': optax.losses.squared_error>"
     metric = jaxwrap.JaxMetric(init=init, update=update, compute=compute, name="mine")
     assert repr(metric) == f"<JaxMetric 'mine': {__name__}.update>"
+
+
+@pytest.mark.trains
+@pytest.mark.only("tensorflow")
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (lambda state, labels, outputs: state + len(labels), r"`len\(x\)`.* need a size"),
+        (
+            lambda state, labels, outputs: state + (labels @ outputs).sum(),
+            r"got \(1,\) and \(the unknown batch size,\)",
+        ),
+    ],
+)
+def test_errors_in_graphs_are_about_one_batch(update, message):
+    metric = jaxwrap.JaxMetric(
+        init=lambda: jnp.zeros(()),
+        # Before what fails: batches of two sizes would fail here.
+        update=lambda state, labels, outputs: update(
+            state + (labels - outputs).sum(), labels, outputs
+        ),
+        compute=lambda state: state,
+        name="sum",
+    )
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Identity()])
+    model.compile("sgd", "mse", metrics=[metric])
+    with pytest.raises(ValueError, match=f"JaxMetric 'sum': .*{message}"):
+        model.evaluate(np.ones((4, 1), "float32"), np.ones((4, 1), "float32"), verbose=0)

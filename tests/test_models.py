@@ -12,6 +12,8 @@ from models import MODELS, QUICK, rows
 
 from jaxwrap import FlaxLayer
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 HALF = {"float16": 4e-3, "bfloat16": 3e-2}
 
 

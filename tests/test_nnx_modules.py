@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.only("jax")]
+pytestmark = [pytest.mark.only("jax"), pytest.mark.each_jax]
 
 SCRIPT = pathlib.Path(__file__).parent / "helpers" / "nnx_script.py"
 LAYERS = ["keras", "linen", "subclass", "nnx", "haiku", "equinox"]

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import jaxwrap
 
-pytestmark = pytest.mark.trains
+pytestmark = [pytest.mark.trains, pytest.mark.each_jax]
 register = jaxwrap.register_serializable("tests_optimizers")
 
 

@@ -15,7 +15,7 @@ from jaxwrap import JaxLayer
 from jaxwrap._pytree import ARRAY, describe_difference, is_leaf_array, partition
 from jaxwrap._weights._names import unique_names
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.each_jax]
 
 Point = collections.namedtuple("Point", ["x", "y"])
 

@@ -46,6 +46,8 @@ from jaxwrap.reparametrizations import (
     WeightNorm,
 )
 
+pytestmark = pytest.mark.each_jax
+
 
 @jaxwrap.register_serializable("tests")
 def keeps_half(leaf):
@@ -593,6 +595,30 @@ def dropout_of_rows(parts, key, path, rate):
     own = jax.random.fold_in(key, zlib.crc32(path.encode()))
     rows = jax.random.bernoulli(own, 1 - rate, (len(parts["a"]), 1))
     return parts["base"] + jnp.where(rows, parts["a"] / (1 - rate), 0) @ parts["b"]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_lora_of_a_kernel_with_its_inputs_last(rate):
+    layer = JaxLayer(
+        lambda params, inputs: inputs @ params["w"].T,
+        params={"w": models.x(4, 6)},
+        rules={".*": Rule(reparametrize=LoRA(2, inputs=-1, dropout=rate))},
+    )
+    inputs = models.x(3, 6)
+    layer.build(inputs.shape)
+    for variable in layer.trainable_variables:
+        variable.assign(models.x(*variable.shape))
+    parts = layer.get_variables(merged=False)["params"]["w"]
+    assert {name: part.shape for name, part in parts.items()} == {
+        "base": (4, 6),
+        "a": (6, 2),
+        "b": (2, 4),
+    }
+    # The rows that are left out are input features: those of the transposed kernel.
+    key = jax.random.wrap_key_data(jnp.asarray(part_state(layer))) if rate else jax.random.key(0)
+    expected = dropout_of_rows({**parts, "base": parts["base"].T}, key, "params/w", rate)
+    outputs = to_numpy(layer(inputs, training=True))
+    np.testing.assert_allclose(outputs, inputs @ expected, 1e-5, 1e-5)
 
 
 def part_state(layer):

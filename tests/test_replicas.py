@@ -18,6 +18,8 @@ import pytest
 
 import jaxwrap
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 HELPERS = pathlib.Path(__file__).parent / "helpers"
 
 

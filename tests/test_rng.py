@@ -11,6 +11,8 @@ from backends import to_numpy
 
 from jaxwrap import FlaxLayer, JaxLayer
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 
 def ones(*shape):
     return np.ones(shape, "float32")

@@ -14,6 +14,8 @@ from models import x
 
 from jaxwrap import FlaxLayer, JaxLayer
 
+pytestmark = pytest.mark.each_jax
+
 
 def tokens():
     return np.random.default_rng(0).integers(0, 7, (3, 5)).astype("int32")

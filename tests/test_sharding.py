@@ -19,6 +19,8 @@ from models import x
 import jaxwrap
 from jaxwrap import FlaxLayer, NNXLayer, Rule, reparametrizations
 
+pytestmark = pytest.mark.each_jax
+
 
 @jaxwrap.register_serializable("sharding")
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from models import x
 
 from jaxwrap import JaxLayer, wrap_function
 
-pytestmark = pytest.mark.only("tensorflow")
+pytestmark = [pytest.mark.only("tensorflow"), pytest.mark.each_jax, pytest.mark.lowered]
 
 
 def steps(layer, shape, watched=True):

@@ -248,6 +248,42 @@ def test_views_by_a_bit(bit):
         np.testing.assert_allclose(one[0].resolve_conj(), two[0].resolve_conj())
 
 
+def test_other_strides_at_the_same_place():
+    """The transpose of a parameter has its pointer, size and dtype. Calls under autocast see it too."""
+    import torch
+
+    values = np.arange(64, dtype="float32").reshape(8, 8)
+    layer = JaxLayer(scaled, params={"scale": values})
+    tensor, ones = layer.trainable_variables[0].value, torch.ones(8, 8)
+    for expected in (values, values.T, values):
+        with torch.no_grad(), torch.autocast("cpu"):
+            np.testing.assert_allclose(layer(ones), expected)
+        with torch.no_grad():
+            np.testing.assert_allclose(layer(ones), expected)
+            tensor.data = tensor.data.T
+
+
+def test_state_of_many_kinds():
+    """Small arrays cross in vectors by dtype, and scalars, empty and large arrays beside them."""
+    import torch
+
+    shapes = {"a": (3,), "b": (2, 2), "scalar": (), "empty": (0, 2), "large": (130, 130)}
+    state = {name: np.full(shape, 2, "float32") for name, shape in shapes.items()}
+    state |= {"count": np.int32(1), "counts": np.arange(3, dtype="int32")}
+
+    def call(params, state, inputs):
+        return inputs * params["scale"], {name: value * 3 for name, value in state.items()}
+
+    layer = JaxLayer(call, params={"scale": np.float32(1)}, state=state)
+    with torch.no_grad():
+        layer(torch.ones(2), training=True)
+    layer(torch.ones(2), training=True)
+    for name, value in state.items():
+        kept = layer.state[name].value
+        np.testing.assert_array_equal(kept, value * 9)
+        assert tuple(kept.shape) == np.shape(value)
+
+
 @pytest.mark.parametrize("name", ["half", "bfloat16", "double"])
 @pytest.mark.filterwarnings("ignore:JAX computes float64")
 def test_the_dtype_of_a_module_changes(name):

@@ -10,7 +10,7 @@ from models import x
 import jaxwrap
 from jaxwrap import FlaxLayer, JaxLayer
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.each_jax]
 
 
 def deciding(inputs):

@@ -23,6 +23,8 @@ from transformers import (
 import jaxwrap
 from jaxwrap import from_transformers
 
+pytestmark = pytest.mark.each_jax
+
 SMALL = {
     "hidden_size": 8,
     "intermediate_size": 12,

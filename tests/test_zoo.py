@@ -9,6 +9,8 @@ from backends import to_numpy
 from models import rows
 from zoo import QUICK, ZOO
 
+pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+
 
 def is_float(leaf):
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, np.inexact)

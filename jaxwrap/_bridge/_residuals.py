@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxwrap._bridge._packing import is_large, pack
 from jaxwrap._bridge._vjp import conjugate, restrict
 from jaxwrap._typing import Array, FlatFunction, FlatResult, Static
 
@@ -32,30 +33,10 @@ _CHEAP_NAMES = """
     select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor
 """
 _CHEAP = frozenset(_CHEAP_NAMES.split())
-# Up to this many bytes, to pass an array on takes longer than to copy it.
-_SMALL = 1 << 16
 
 
 def _is_worth_keeping(primitive: Any, *operands: Any, **_: Any) -> bool:
-    return primitive.name not in _CHEAP or any(map(_is_large, operands))
-
-
-def _is_large(array: Any) -> bool:
-    # A size is a symbol while TensorFlow's graph does not know it.
-    return isinstance(array.size, int) and array.size * array.dtype.itemsize > _SMALL
-
-
-def _vectors(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Divide small gradients among vectors, by size. Who keeps one keeps its vector, so that is small too."""
-    groups: list[list[int]] = []
-    total = 0
-    for index in sorted(indices, key=lambda index: sizes[index]):
-        total += sizes[index]
-        if not groups or total > _SMALL:
-            groups.append([])
-            total = sizes[index]
-        groups[-1].append(index)
-    return groups
+    return primitive.name not in _CHEAP or any(map(is_large, operands))
 
 
 class Linearized:
@@ -155,18 +136,4 @@ class Pullback:
         )
 
     def _pack(self, *arrays: Array) -> tuple[list[Array], list[Array], Static]:
-        gradients = self.gradients(*arrays)
-        # Each array that crosses to the backend costs microseconds, so small gradients of one dtype go together.
-        small: dict[Any, list[int]] = {}
-        for index, gradient in enumerate(gradients):
-            if gradient.size and not _is_large(gradient):
-                small.setdefault(gradient.dtype, []).append(index)
-        sizes = [gradient.nbytes for gradient in gradients]
-        split = (group for each in small.values() for group in _vectors(each, sizes))
-        groups = tuple(tuple(group) for group in split if len(group) > 1)
-        packed = {index for group in groups for index in group}
-        alone = tuple(index for index in range(len(gradients)) if index not in packed)
-        vectors = [
-            jnp.concatenate([gradients[index].reshape(-1) for index in group]) for group in groups
-        ]
-        return vectors, [gradients[index] for index in alone], Static((groups, alone))
+        return pack(self.gradients(*arrays))

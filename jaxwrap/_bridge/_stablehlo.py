@@ -26,6 +26,9 @@ _CALLBACKS = (
     "`model.compile(..., run_eagerly=True)`."
 )
 
+# The symbol for a batch size that several arguments have.
+_BATCH = "d_batch"
+
 # Without it the pass manager knows none of the passes by name.
 stablehlo.register_stablehlo_passes()
 
@@ -73,8 +76,10 @@ def export(
                 raise
             if all(None not in shape for shape, _ in specs):
                 raise
-            # Later attempts tie sizes that the caller did not tie, and their errors would mislead.
-            error = error or raised
+            # Examples come in batches, so an error for sizes of batches that differ is seldom what is wrong. Later
+            # attempts tie sizes that the caller did not tie, and their errors would mislead.
+            if error is None or _has_one_batch(arguments):
+                error = raised
     assert error is not None
     received = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
     raise ValueError(
@@ -88,12 +93,23 @@ def in_words(error: Exception, specs: Sequence[tuple[Shape, str]]) -> str:
     """Return the first paragraph of JAX's error, with the sizes that our symbols stand for."""
 
     def name(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return "the unknown batch size"
         argument, axis = map(int, match.groups())
         shape, dtype = specs[argument]
         return f"the unknown size {axis} of {dtype}{list(shape)}"
 
+    if isinstance(error, TypeError) and "_DimExpr" in str(error):
+        return (
+            "a size that is unknown was used as a Python number. `x.shape[0]` can be computed with; `len(x)`, `int()` "
+            "and `range()` need a size that is known."
+        )
     paragraph = str(error).partition("\n\n")[0].partition("\nThis error arises")[0]
-    return re.sub(r"(?:Symbolic dimension )?'?\bd(\d+)_(\d+)\b'?", name, paragraph)
+    return re.sub(rf"(?:Symbolic dimension )?'?\b(?:d(\d+)_(\d+)|{_BATCH})\b'?", name, paragraph)
+
+
+def _has_one_batch(arguments: Sequence[jax.ShapeDtypeStruct]) -> bool:
+    return any(str(size) == _BATCH for argument in arguments for size in argument.shape)
 
 
 def export_for(
@@ -141,7 +157,7 @@ def symbolic(specs: Sequence[tuple[Shape, str]]) -> Iterator[list[jax.ShapeDtype
     ]
     ways = [
         [f"d{argument}_{axis}" for argument, axis in unknown],
-        [f"d{argument}_{axis}" if axis else "batch" for argument, axis in unknown],
+        [f"d{argument}_{axis}" if axis else _BATCH for argument, axis in unknown],
         [f"axis{axis}" for _, axis in unknown],
         [f"end{len(specs[argument][0]) - axis}" for argument, axis in unknown],
         ["size" for _ in unknown],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import torch
 from torch._utils import _unflatten_dense_tensors
 
+from jaxwrap._bridge._packing import pack
 from jaxwrap._bridge._residuals import Linearized, Pullback
 from jaxwrap._bridge._torch_func import (
     check_untraced,
@@ -22,7 +24,7 @@ from jaxwrap._bridge._torch_func import (
 from jaxwrap._bridge._torch_tape import note_outputs, received, returned
 from jaxwrap._bridge._torch_tensors import Reader, as_tensor, check_devices, to_jax, to_torch
 from jaxwrap._bridge._vjp import own_outputs, vjp, vjp_roles
-from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Tensor
+from jaxwrap._typing import Array, FlatFunction, FlatResult, Role, Static, Tensor
 
 
 class Function:
@@ -37,7 +39,7 @@ class Function:
         self._read = Reader(roles, range(len(roles)))
         self._differentiable = [i for i, role in enumerate(roles) if role.differentiable]
         self._states = [i for i, role in enumerate(roles) if role is Role.STATE]
-        self._plain = jax.jit(own_outputs(fn))
+        self._plain = jax.jit(_with_packed_aux(own_outputs(fn)))
         self._linearized: dict[tuple[int, ...], tuple[Callable[..., Any], list[Pullback]]] = {}
         self._readers: dict[Pullback, Reader] = {}
         self._derived: dict[tuple[Any, ...], Function] = {}
@@ -63,9 +65,16 @@ class Function:
 
     def compute(self, tensors: Sequence[Tensor]) -> FlatResult:
         """Call the function on tensors with data. Nothing is recorded."""
-        outputs, aux, static = self._plain(*self.arrays(tensors))
-        outputs, aux = to_torch(outputs, aux)
-        return FlatResult(outputs, aux, static)
+        outputs, vectors, others, static = self._plain(*self.arrays(tensors))
+        outputs, vectors, others = to_torch(outputs, vectors, others)
+        static, (groups, alone), shapes = static.value
+        if not groups:
+            return FlatResult(outputs, others, static)
+        aux: list[Any] = [None] * len(shapes)
+        _unpack(aux, groups, vectors, _templates(shapes))
+        for index, array in zip(alone, others, strict=True):
+            aux[index] = array
+        return FlatResult(outputs, tuple(aux), static)
 
     def arrays(self, tensors: Sequence[Tensor]) -> list[Array]:
         """Convert the arguments to what JAX takes."""
@@ -179,13 +188,41 @@ def _gradients(
     """Return the gradients for tensors, from the result of a `Pullback`."""
     gradients: list[Any] = [None] * len(tensors)
     flat, alone = to_torch(vectors.values(), others.values())
-    for group, vector in zip(vectors, flat, strict=True):
-        parts = _unflatten_dense_tensors(vector, [tensors[index] for index in group])
-        for index, part in zip(group, parts, strict=True):
-            gradients[index] = part
+    _unpack(gradients, vectors, flat, tensors)
     for index, gradient in zip(others, alone, strict=True):
         gradients[index] = gradient
     return gradients
+
+
+def _with_packed_aux(fn: FlatFunction) -> Callable[..., Any]:
+    """Pack the small auxiliary arrays of a function: new state, which is copied into variables right after."""
+
+    def packing(*arrays: Array) -> tuple[Any, list[Array], list[Array], Static]:
+        outputs, aux, static = fn(*arrays)
+        vectors, others, places = pack(aux)
+        shapes = tuple(tuple(array.shape) for array in aux)
+        return outputs, vectors, others, Static((static, places.value, shapes))
+
+    return packing
+
+
+@functools.lru_cache(512)
+def _templates(shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    """Return tensors of these shapes, without data."""
+    return [torch.empty(shape, device="meta") for shape in shapes]
+
+
+def _unpack(
+    into: list[Any],
+    groups: Iterable[Sequence[int]],
+    vectors: Iterable[Tensor],
+    templates: Sequence[Tensor],
+) -> None:
+    """Put the parts of vectors into their places, in the shapes of the templates there."""
+    for group, vector in zip(groups, vectors, strict=True):
+        parts = _unflatten_dense_tensors(vector, [templates[index] for index in group])
+        for index, part in zip(group, parts, strict=True):
+            into[index] = part
 
 
 def _to_meta(spec: jax.ShapeDtypeStruct) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import torch
+from torch._C._dynamo.guards import TensorGuards
 
 from jaxwrap._bridge._memory import ALIGNMENT, held_runs
 from jaxwrap._bridge._torch_distributed import check_plain
@@ -53,7 +53,7 @@ class _Held:
     """
 
     def __init__(self):
-        self._last = _Aliased([], [], True)
+        self._last = _Aliased([], [])
 
     def arrays(self, tensors: list[Tensor]) -> list[Array]:
         """Return a JAX array for each tensor."""
@@ -66,7 +66,7 @@ class _Held:
         arrays = list(map(_alias, tensors))
         # A copy would not follow what torch writes.
         if None not in arrays:
-            self._last = _Aliased(tensors, arrays, not any(map(torch.is_complex, tensors)))
+            self._last = _Aliased(tensors, arrays)
             return arrays
         return [
             to_jax(tensor) if array is None else array
@@ -75,32 +75,52 @@ class _Held:
 
 
 class _Aliased:
-    """Tensors, their aliases, and the signs by which the tensors still are that memory."""
+    """Aliases of tensors, and the signs by which tensors still are that memory.
 
-    def __init__(self, tensors: list[Tensor], arrays: list[Array], are_real: bool):
+    An alias keeps its memory, so whatever lies at its pointer with its dtype, sizes and strides is that memory.
+    """
+
+    def __init__(self, tensors: list[Tensor], arrays: list[Array]):
         self.arrays = arrays
-        self._tensors = tensors
-        self._are_real = are_real
         self._pointers = list(map(_pointer, tensors))
-        self._sizes = list(map(torch.Tensor.numel, tensors))
-        self._strides = list(map(torch.Tensor.stride, tensors))
-        self._dtypes = [tensor.dtype for tensor in tensors]
+        self._guards = _Guards(tensors)
 
     def holds(self, tensors: list[Tensor]) -> bool:
-        """Return whether the aliases are those of these tensors still."""
-        # One sign of all tensors after the other, since most of these loops run in C: 0.25 µs a tensor, where
-        # `from_dlpack` takes 35. They notice `tensor.data = other` and a cast.
-        return (
-            len(tensors) == len(self._tensors)
-            and all(map(operator.is_, tensors, self._tensors))
-            and list(map(_pointer, tensors)) == self._pointers
-            # The size and strides of a contiguous tensor tell its shape, and take less time.
-            and list(map(torch.Tensor.stride, tensors)) == self._strides
-            and list(map(torch.Tensor.numel, tensors)) == self._sizes
-            and [tensor.dtype for tensor in tensors] == self._dtypes
-            and not any(map(torch.Tensor.is_neg, tensors))
-            and (self._are_real or not any(map(torch.Tensor.is_conj, tensors)))
-        )
+        """Return whether the aliases are those of these tensors."""
+        # Pointers notice `tensor.data = other`. Each loop runs in C: 0.15 µs a tensor, where `from_dlpack` takes 35.
+        return list(map(_pointer, tensors)) == self._pointers and self._guards.hold(tensors)
+
+
+class _Guards:
+    """Whether tensors have the types, dtypes, sizes and strides, and bits such as `is_neg`, that others had.
+
+    Torch compares all of them in one call, for `torch.compile`. It takes autocast, and what requires gradients, for
+    differences too. Then the others are compared one by one, once for each such setting.
+    """
+
+    def __init__(self, tensors: list[Tensor]):
+        self._signs = _signs(tensors)
+        self._torch = _torch_guards(tensors)
+
+    def hold(self, tensors: list[Tensor]) -> bool:
+        """Return whether these tensors have them."""
+        if self._torch.check(*tensors):
+            return True
+        if _signs(tensors) != self._signs:
+            return False
+        self._torch = _torch_guards(tensors)
+        return True
+
+
+def _signs(tensors: list[Tensor]) -> list[Any]:
+    return [
+        (type(t), t.dtype, t.size(), t.stride(), t.device, t.is_neg(), t.is_conj()) for t in tensors
+    ]
+
+
+def _torch_guards(tensors: list[Tensor]) -> TensorGuards:
+    # None for the sizes and strides that may vary: none of them.
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
 _pointer = torch.Tensor.data_ptr
@@ -129,8 +149,9 @@ def to_jax(tensor: Tensor) -> Array:
     """Convert a tensor to a NumPy view where JAX can read that, since it takes less time than dlpack."""
     check_plain(tensor)
     if tensor.is_cpu and tensor.dtype in NUMPY_DTYPES and _jax_is_on_cpu():
-        # A tensor may be the conjugate or the negative of its memory: a bit says so, which JAX does not see.
-        return tensor.detach().resolve_conj().resolve_neg().numpy()
+        # With `force`, without its gradient, and resolved: a tensor may be the conjugate or the negative of its memory,
+        # and a bit says so, which JAX does not see.
+        return tensor.numpy(force=True)
     return _from_dlpack(tensor)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend.core import jaxpr_as_fun
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._layer._inputs import placeholders
@@ -60,6 +59,9 @@ def _check_outlive(values: Iterable[Any]) -> None:
 
 def _init_divided(engine: Engine, specs: dict[str, PyTree]) -> None:
     """Make the variables in their places on the devices: all in one compiled function, and no array as a whole."""
+    # Here, since it takes longer than most of jaxwrap.
+    from jax.extend.core import jaxpr_as_fun
+
     traced, closed = _traced(engine, specs)
     _check_outlive(closed.consts)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax.extend.core import jaxpr_as_fun
 
 from jaxwrap._specs import used_inputs
 from jaxwrap._typing import PyTree
@@ -30,6 +29,9 @@ def call_and_look(
     Returns:
         The result of `fn(keys, rest)`, and whether it depends on any array in `keys`.
     """
+    # Here, since it takes longer than most of jaxwrap.
+    from jax.extend.core import jaxpr_as_fun
+
     count = len(jax.tree_util.tree_leaves(keys))
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(keys, rest)
     # The drawing of keys is in a jaxpr even if nothing uses them, until dead code is gone.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from jaxwrap._errors import door
-from jaxwrap._layer import _rebuild, _shard_report, _sharding
+from jaxwrap._layer import _rebuild, _sharding
 from jaxwrap._layer._summary import Modules
 from jaxwrap._layer._sync import sync
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Reparametrization
 from jaxwrap._weights._table import ModuleTable, WeightTable
+
+if TYPE_CHECKING:
+    from jaxwrap._layer._shard_report import ShardReport
 
 # What the names of axes mean by default.
 AXES = (("mlp", "model"), ("batch", "batch"))
@@ -177,7 +180,7 @@ class Weighted:
     @door
     def shard_report(
         self, device_mesh: Any, input_shape: Any = None, axes: Any = AXES
-    ) -> _shard_report.ShardReport:
+    ) -> ShardReport:
         """Return what the layer costs on a mesh: bytes, operations, and what devices send. Nothing is allocated.
 
         Layouts are those of `layout_map`. The axes of the mesh that "batch" means in `axes` divide the batch, or else
@@ -213,7 +216,10 @@ class Weighted:
             >>> report.bytes_per_device, report.flops_per_device
             (528384, 8388608.0)
         """
-        return _shard_report.shard_report(self._engine, device_mesh, input_shape, axes)
+        # Here, since few programs use it.
+        from jaxwrap._layer._shard_report import shard_report
+
+        return shard_report(self._engine, device_mesh, input_shape, axes)
 
     @door
     def get_variables(self, merged: bool = True) -> PyTree:

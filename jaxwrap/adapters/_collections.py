@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 
 from jaxwrap._layer import CallResult
 from jaxwrap._pytree import key_name
-from jaxwrap._typing import Array, PyTree
+from jaxwrap._typing import PyTree
 
 TRAINABLE, STATE, LOSS, METRIC, OUTPUT, DROP = ROLES = (
     "trainable",
@@ -59,18 +59,32 @@ class Collections:
         """Return the result of a call of a module that has sown these collections."""
         if self.named(OUTPUT):
             outputs = (outputs, self.select(sown, OUTPUT))
-        metrics = _flat_metrics(self.select(sown, METRIC))
-        # A list, as only the losses of a dict are reported by name.
-        return CallResult(outputs, state, list(self.select(sown, LOSS).values()), metrics)
+        metrics = {
+            name: leaf[0] if _is_sown(leaf) else leaf
+            for name, leaf in _named(self.select(sown, METRIC), _is_sown_once).items()
+        }
+        # All values that were sown under one name are one loss.
+        losses = _named(self.select(sown, LOSS), _is_sown, taken=metrics)
+        return CallResult(outputs, state, losses, metrics)
 
 
-def _flat_metrics(collections: Mapping[str, PyTree]) -> dict[str, Array]:
-    """Return metrics by their paths. A value that was sown once is not a tuple."""
-    metrics = {}
-    for collection in collections.values():
-        leaves = jax.tree_util.tree_leaves_with_path(
-            collection, is_leaf=lambda node: isinstance(node, tuple) and len(node) == 1
-        )
-        for path, leaf in leaves:
-            metrics["/".join(map(key_name, path))] = leaf[0] if isinstance(leaf, tuple) else leaf
-    return metrics
+def _is_sown(node: PyTree) -> bool:
+    return isinstance(node, tuple)
+
+
+def _is_sown_once(node: PyTree) -> bool:
+    return _is_sown(node) and len(node) == 1
+
+
+def _named(
+    collections: Mapping[str, PyTree],
+    is_leaf: Callable[[PyTree], bool],
+    taken: Collection[str] = (),
+) -> dict[str, PyTree]:
+    """Return what was sown by its path, with the name of its collection before it if the path is taken."""
+    named: dict[str, PyTree] = {}
+    for collection, tree in collections.items():
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+            path = "/".join(map(key_name, keys))
+            named[f"{collection}/{path}" if path in named or path in taken else path] = leaf
+    return named

@@ -216,7 +216,7 @@ class FlaxLayer(JaxLayer):
 
             - "trainable": parameters. The default for `params`.
             - "state": non-trainable state, if `module.init` makes it. The default for all not named here.
-            - "loss": their sum is added to the model's loss. The default for `losses`.
+            - "loss": their sum is added to the model's loss, and `fit` shows each. The default for `losses`.
             - "metric": the model reports their means over batches. The default for `metrics`.
             - "output": the layer returns `(outputs, {name: collection})`.
             - "drop": not kept. The default for `intermediates`.

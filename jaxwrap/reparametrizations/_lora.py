@@ -27,7 +27,8 @@ class LoRA(Reparametrization):
         rank: The number of columns of `a` and of rows of `b`.
         alpha: The scale of the difference, times `rank`. None for `rank`, that is, a scale of 1.
         inputs: How many of the first axes of the leaf are inputs, the rows of `a`. None for all but the last. A
-            Flax attention kernel of shape (features, heads, size) has one.
+            Flax attention kernel of shape (features, heads, size) has one. A negative number counts the last axes: an
+            Equinox weight of shape (outputs, inputs) has -1.
         base: The reparametrization of the base. `Int8()` makes it QLoRA.
         dropout: The probability that an input feature, a row of `a`, counts for nothing in a training call. The others
             are scaled up. The leaf is computed once a call, so one draw serves the whole batch, where peft draws for
@@ -75,20 +76,23 @@ class LoRA(Reparametrization):
     def init(self, leaf: Array, key: Array) -> Mapping[str, Array]:
         """Make the base of the leaf, random `a` and zero `b`."""
         inputs = leaf.ndim - 1 if self.inputs is None else self.inputs
-        if not 0 < inputs < leaf.ndim:
+        if not 0 < abs(inputs) < leaf.ndim:
             raise ValueError(
                 f"LoRA needs a leaf of two axes or more, and from 1 to all but one of them as inputs; received "
                 f"{leaf.ndim} axes and inputs={self.inputs}. Write a pattern that matches kernels only."
             )
-        rows, columns = math.prod(leaf.shape[:inputs]), math.prod(leaf.shape[inputs:])
+        first, last = math.prod(leaf.shape[:inputs]), math.prod(leaf.shape[inputs:])
+        rows, columns = (first, last) if inputs > 0 else (last, first)
         a = nn.initializers.he_uniform()(key, (rows, self.rank), leaf.dtype)
         return {"base": leaf, "a": a, "b": jnp.zeros((self.rank, columns), leaf.dtype)}
 
     def apply(self, parts: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
         """Add the scaled product to the base."""
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        product = (parts["a"] @ parts["b"]).reshape(shape)
-        return parts["base"] + (scale * product).astype(parts["base"].dtype)
+        product = parts["a"] @ parts["b"]
+        if self.inputs is not None and self.inputs < 0:
+            product = product.T
+        return parts["base"] + (scale * product.reshape(shape)).astype(parts["base"].dtype)
 
     def apply_training(
         self, parts: Mapping[str, Array], shape: tuple[int, ...], key: Array
