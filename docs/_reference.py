@@ -12,6 +12,7 @@ import zlib
 
 import keras
 from docutils import nodes
+from docutils.utils import unescape
 from sphinx.domains.python import PyObject
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
@@ -69,7 +70,8 @@ def name_role(
         return reference(
             "py:obj", rawtext, f"{text} <{match[1]}>", lineno, inliner
         )
-    return [nodes.literal(rawtext, text)], []
+    # Backslashes are part of the code.
+    return [nodes.literal(rawtext, unescape(text, True))], []
 
 
 def show_signature(

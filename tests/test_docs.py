@@ -71,7 +71,7 @@ def test_the_reference_has_every_name():
             (ROOT / "docs/reference").glob("*.md"), key=lambda page: page.stem != "index"
         )
     ]
-    listed = re.findall(r"^   (\w+(?:\.\w+)?)$", index, re.MULTILINE)
+    listed = re.findall(r"^   ~?(\w+(?:\.\w+)?)$", index, re.MULTILINE)
     libraries = ["Linen", "NNX", "Haiku", "Equinox", "Transformers"]
     assert sorted(listed) == sorted([*NAMES, *(f"adapters.{name}" for name in libraries)])
     documented = re.findall(
