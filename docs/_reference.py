@@ -1,4 +1,7 @@
-"""What the pages of the reference need of Sphinx: short types that link, and links to other libraries."""
+"""What the pages of the reference need of Sphinx: short types that link, and links to other libraries.
+
+Keras is imported late: a tutorial, which runs in a fork of this process, chooses its own backend.
+"""
 
 import importlib
 import inspect
@@ -10,7 +13,6 @@ import tomllib
 import types
 import zlib
 
-import keras
 from docutils import nodes
 from docutils.utils import unescape
 from sphinx.domains.python import PyObject
@@ -19,9 +21,6 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.typing import stringify_annotation
-
-import jaxwrap
-from jaxwrap._layer._weighted import Weighted
 
 INVENTORIES = pathlib.Path(__file__).parent / "inventories.toml"
 NAME = re.compile(r"([A-Za-z]\w*(?:\.\w+)*)(?:\(\))?")
@@ -140,6 +139,10 @@ def plain(default):
 
 def show_bases(app, name, obj, options, bases):
     """Show the nearest public class alone."""
+    import keras
+
+    import jaxwrap
+
     public = {
         getattr(jaxwrap, name): f"jaxwrap.{name}"
         for name in jaxwrap.__all__
@@ -157,6 +160,8 @@ def show_bases(app, name, obj, options, bases):
 
 def source_of_methods(app, module):
     """Let viewcode find the methods that `JaxLayer` has of a class in another file."""
+    from jaxwrap._layer._weighted import Weighted
+
     if module != Weighted.__module__:
         return None
     analyzer = ModuleAnalyzer.for_module(module)

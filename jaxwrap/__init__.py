@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 # First, since it says what to install when Keras cannot import its backend.
 from jaxwrap import _bridge as _bridge
 from jaxwrap import reparametrizations as reparametrizations
+from jaxwrap._bridge._compilations import cache_compilations
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import Adapter, CallResult, JaxLayer, follow_torch_mode
 from jaxwrap._serialization import register_serializable
@@ -40,6 +41,7 @@ __all__ = [
     "Reparametrization",
     "Rule",
     "SyncState",
+    "cache_compilations",
     "export",
     "follow_torch_mode",
     "from_transformers",

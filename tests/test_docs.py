@@ -3,12 +3,15 @@
 import ast
 import doctest
 import operator
+import os
 import pathlib
 import re
 import sys
 import types
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import jaxwrap
 import jaxwrap.testing
@@ -16,6 +19,20 @@ import jaxwrap.testing
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?P<trains><!-- trains -->\n+)?```python\n(?P<code>.*?)```", re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def _compilation_cache(monkeypatch, tmp_path):
+    """Undo what examples say of the cache, for the tests that come after them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TF_XLA_FLAGS", os.environ.get("TF_XLA_FLAGS", ""))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    if before != {name: getattr(jax.config, name) for name in names}:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_there_are_examples():
