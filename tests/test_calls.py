@@ -18,7 +18,7 @@ from models import x
 from jaxwrap import CallResult, FlaxLayer, JaxLayer
 from jaxwrap._pytree import is_array, partition
 
-pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+pytestmark = pytest.mark.each_jax
 
 
 def tensor(*shape, seed=0):

@@ -15,7 +15,7 @@ import pytest
 
 import jaxwrap
 
-pytestmark = [pytest.mark.only("jax"), pytest.mark.trains, pytest.mark.each_jax]
+pytestmark = [pytest.mark.only("jax"), pytest.mark.trains]
 
 HELPERS = pathlib.Path(__file__).parent / "helpers"
 COUNT = "--xla_force_host_platform_device_count"
@@ -51,10 +51,12 @@ def in_two_processes(folder, *arguments):
     return [one.wait() for one in running]
 
 
+@pytest.mark.each_jax
 def test_the_state_of_an_optimizer_lies_as_its_variables():
     on_eight_devices("optimizer_state", "optimizer_values", "optimizer_again")
 
 
+@pytest.mark.each_jax
 def test_a_model_sees_the_mesh():
     on_eight_devices("constraints_inside", "functions_of_shards")
 

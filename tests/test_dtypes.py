@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import jaxwrap
 from jaxwrap import JaxLayer
 
-pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+pytestmark = pytest.mark.each_jax
 
 DTYPES = [
     "bool",

@@ -14,7 +14,7 @@ from models import MODELS, x
 import jaxwrap
 from jaxwrap import JaxLayer
 
-pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+pytestmark = pytest.mark.each_jax
 
 
 def mlp(**kwargs):

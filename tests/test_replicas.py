@@ -18,7 +18,7 @@ import pytest
 
 import jaxwrap
 
-pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+pytestmark = pytest.mark.each_jax
 
 HELPERS = pathlib.Path(__file__).parent / "helpers"
 

@@ -11,7 +11,7 @@ from backends import to_numpy
 
 from jaxwrap import FlaxLayer, JaxLayer
 
-pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
+pytestmark = pytest.mark.each_jax
 
 
 def ones(*shape):
