@@ -84,7 +84,7 @@ network = hk.without_apply_rng(hk.transform(gpt))
 # Some years ago it trained for 80 steps, and wrote its weights by the
 # names of Haiku.
 
-params = jax.jit(network.init)(jax.random.key(0), train[:1, :-1])
+params = network.init(jax.random.key(0), train[:1, :-1])
 optimizer = optax.adam(3e-3)
 state = optimizer.init(params)
 entropy = optax.losses.softmax_cross_entropy_with_integer_labels
