@@ -82,7 +82,7 @@ model.compile(
     "sparse_categorical_crossentropy",
     metrics=["accuracy"],
 )
-model.fit(train_x, train_y, epochs=12, verbose=0)
+model.fit(train_x, train_y, epochs=6, verbose=0)
 loss, accuracy = model.evaluate(test_x, test_y, verbose=0)
 print(f"accuracy on held-out digits: {accuracy:.3f}")
 

@@ -45,7 +45,7 @@ codes = {character: code for code, character in enumerate(alphabet)}
 tokens = np.array([codes[character] for character in text], "int32")
 print(f"{len(tokens):,} characters, {len(alphabet)} different ones")
 
-LENGTH = 64
+LENGTH = 48
 ends = len(tokens) // (LENGTH + 1) * (LENGTH + 1)
 rows = tokens[:ends].reshape(-1, LENGTH + 1)
 np.random.default_rng(0).shuffle(rows)
@@ -81,7 +81,7 @@ network = hk.without_apply_rng(hk.transform(gpt))
 # %%
 # The old program
 # ---------------
-# Some years ago it trained for 150 steps, and wrote its weights by the
+# Some years ago it trained for 80 steps, and wrote its weights by the
 # names of Haiku.
 
 params = network.init(jax.random.key(0), train[:1, :-1])
@@ -102,7 +102,7 @@ def step(params, state, batch):
 
 
 old_losses = []
-for index in range(150):
+for index in range(80):
     batch = train[32 * index : 32 * (index + 1)]
     params, state, value = step(params, state, batch)
     old_losses.append(float(value))
@@ -133,11 +133,11 @@ for row in plan[-4:]:
 # Train on
 # --------
 # The loss goes on where the old program stopped, now with Muon of Optax
-# for the matrices. Sixteen parts of 40 batches, to see it fall.
+# for the matrices. Eight parts of 40 batches, to see it fall.
 
 
 def decay(rate):
-    return optax.cosine_decay_schedule(rate, decay_steps=640)
+    return optax.cosine_decay_schedule(rate, decay_steps=320)
 
 
 muon = functools.partial(
@@ -147,7 +147,7 @@ model.compile(
     jaxwrap.OptaxOptimizer(muon, learning_rate=decay(0.02)),
     jaxwrap.JaxLoss(entropy),
 )
-parts = np.resize(train, (16, 40 * 32, LENGTH + 1))
+parts = np.resize(train, (8, 40 * 32, LENGTH + 1))
 new_losses = []
 for part in parts:
     past, future = part[:, :-1], part[:, 1:]
@@ -207,7 +207,7 @@ figure, (left, right) = plt.subplots(
     1, 2, figsize=(10, 4), layout="constrained"
 )
 left.plot(old_losses, color="#9ecae1", label="the old program")
-steps = len(old_losses) + 40 * np.arange(16) + 20
+steps = len(old_losses) + 40 * np.arange(8) + 20
 left.plot(steps, new_losses, ".-", color="#08519c", label="Keras")
 left.axhline(unseen, color="black", ls=":", label="unseen text, end")
 left.set(title="Loss", xlabel="step", ylabel="nats by character")

@@ -4,22 +4,33 @@ A Hugging Face Flax model fine-tuned, frozen, saved, exported
 
 Take a vision transformer of Hugging Face as it comes from a folder,
 freeze its body, train a new head with ``fit``, and go back: to a file
-of Keras, to a folder of Hugging Face, to ONNX.
+of Keras, to a folder of Hugging Face, to StableHLO. Then words, with
+BERT.
 
-The data are the 1,797 handwritten digits of scikit-learn.
+The data are the handwritten digits of scikit-learn, and the
+documentation strings of Python's standard library.
 """
 
+import ast
+import collections
 import pathlib
+import re
+import sysconfig
 import tempfile
 
+import jax
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
-import onnxruntime
 import transformers
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from transformers import FlaxViTForImageClassification, ViTConfig
+from transformers import (
+    BertConfig,
+    FlaxBertForSequenceClassification,
+    FlaxViTForImageClassification,
+    ViTConfig,
+)
 
 import jaxwrap
 
@@ -69,16 +80,16 @@ config = ViTConfig(
     image_size=8,
     patch_size=2,
     num_channels=1,
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=2,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
     num_attention_heads=4,
     num_labels=6,
     initializer_range=0.1,
 )
 hf_model = FlaxViTForImageClassification(config, (1, 8, 8, 1))
 old = jaxwrap.from_transformers(hf_model, output="logits", name="old")
-results = train(keras_model(old), epochs=20, rate=2e-3, digits=6)
+results = train(keras_model(old), epochs=10, rate=5e-3, digits=6)
 print(f"{'trained':<12}{'numbers':>8}{'accuracy':>10}")
 print(f"{'on 0 to 5':<12}{results}")
 hf_model.params = old.get_variables()
@@ -107,16 +118,14 @@ print(vit.weight_table(depth=3))
 
 vit.freeze("vit/.*")
 print(f"{'trained':<12}{'numbers':>8}{'accuracy':>10}")
-print(f"{'the head':<12}{train(model, epochs=10, rate=1e-2)}")
+print(f"{'the head':<12}{train(model, epochs=6, rate=2e-2)}")
 
 # %%
-# The body has never seen the digits 6 to 9. It does better with the
-# last block trained too, and then with all.
+# The body has never seen the digits 6 to 9. It does better when it is
+# trained too.
 
-vit.unfreeze("vit/encoder/layer/1/.*|vit/layernorm/.*")
-print(f"{'and a block':<12}{train(model, epochs=10, rate=1e-3)}")
 vit.unfreeze(".*")
-print(f"{'everything':<12}{train(model, epochs=10, rate=1e-3)}")
+print(f"{'everything':<12}{train(model, epochs=8, rate=3e-3)}")
 
 # %%
 # Save
@@ -146,26 +155,25 @@ print(f"Hugging Face's own, largest difference: {difference:.0e}")
 # %%
 # Export
 # ------
-# ONNX Runtime needs none of these libraries.
+# JAX runs this file with none of the other libraries. ``"onnx"`` would
+# write one for ONNX Runtime.
 
-jaxwrap.export(model, folder / "vit.onnx", "onnx")
-session = onnxruntime.InferenceSession(folder / "vit.onnx")
-(logits,) = session.run(None, {"pixels": test_x})
+jaxwrap.export(model, folder / "vit.stablehlo", "stablehlo")
+exported = jax.export.deserialize(
+    bytearray((folder / "vit.stablehlo").read_bytes())
+)
+(logits,) = jax.tree.leaves(exported.call(test_x))
 difference = np.abs(logits - expected).max()
-print(f"ONNX Runtime, largest difference: {difference:.0e}")
+print(f"StableHLO, largest difference: {difference:.0e}")
 
 # %%
 # Where it looks
 # --------------
-# Attention from the first token, which the head reads, back to the 16
-# patches. The blocks' means over heads are multiplied, each with one
-# half of the identity for what goes past the attention.
+# Attention from the first token, which the head reads, to the 16
+# patches: the mean over the heads.
 
-flow = np.eye(17)
-for attention in outputs.attentions:
-    mean = np.asarray(attention).mean(axis=1)
-    flow = (mean + np.eye(17)) / 2 @ flow
-maps = flow[:, 0, 1:].reshape(-1, 4, 4)
+attention = np.asarray(outputs.attentions[0]).mean(axis=1)
+maps = attention[:, 0, 1:].reshape(-1, 4, 4)
 predicted = expected.argmax(axis=-1)
 
 figure, rows = plt.subplots(
@@ -187,4 +195,102 @@ for digit, (above, below) in enumerate(rows.T):
     above.set_axis_off()
     below.set_axis_off()
 figure.suptitle("What it says, and where it looks")
+plt.show()
+
+# %%
+# Words, with BERT
+# ----------------
+# First lines of documentation strings: is it a function or a class? The
+# tokenizer is made by hand. It knows the 400 most common words.
+
+LENGTH = 12
+library = pathlib.Path(sysconfig.get_path("stdlib"))
+lines = {ast.FunctionDef: set(), ast.ClassDef: set()}
+for file in sorted(library.glob("*.py")):
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if type(node) in lines and (doc := ast.get_docstring(node)):
+            lines[type(node)].add(doc.split("\n")[0])
+functions, classes = (sorted(group) for group in lines.values())
+np.random.default_rng(0).shuffle(functions)
+texts = functions[: len(classes)] + classes
+kinds = np.repeat([0, 1], [len(texts) - len(classes), len(classes)])
+
+
+def split(text):
+    return re.findall("[a-z]+", text.lower())[: LENGTH - 1]
+
+
+common = collections.Counter(
+    word for text in texts for word in split(text)
+)
+special = ["[PAD]", "[CLS]", "[UNK]"]
+vocabulary = special + [word for word, _ in common.most_common(400)]
+codes = {word: code for code, word in enumerate(vocabulary)}
+ids = np.zeros((len(texts), LENGTH), "int32")
+for row, text in zip(ids, texts):
+    words = [codes.get(word, 2) for word in split(text)]
+    row[: len(words) + 1] = [1, *words]
+
+# %%
+# The layer takes the mask of the padding as the model does, and fills
+# in the rest: positions and token types.
+
+config = BertConfig(
+    vocab_size=len(vocabulary),
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=LENGTH,
+    num_labels=2,
+    initializer_range=0.1,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+hf_bert = FlaxBertForSequenceClassification(config, (1, LENGTH))
+bert = jaxwrap.from_transformers(hf_bert, output="logits", name="bert")
+tokens = keras.Input((LENGTH,), dtype="int32")
+mask = keras.ops.cast(tokens > 0, "int32")
+reader = keras.Model(tokens, bert(tokens, attention_mask=mask))
+
+train_ids, test_ids, train_kinds, test_kinds = train_test_split(
+    ids, kinds, test_size=0.25, random_state=0
+)
+reader.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])
+reader.fit(train_ids, train_kinds, epochs=6, verbose=0)
+_, accuracy = reader.evaluate(test_ids, test_kinds, verbose=0)
+print(f"{len(train_ids)} lines, accuracy on others: {accuracy:.3f}")
+
+# %%
+# What it reads in some lines that it has not seen, by Hugging Face's
+# own model with the trained weights.
+
+hf_bert.params = bert.get_variables()
+outputs = hf_bert(test_ids, test_ids > 0, output_attentions=True)
+attention = np.asarray(outputs.attentions[0]).mean(axis=1)[:, 0]
+says = outputs.logits.argmax(axis=-1)
+
+figure, axes = plt.subplots(figsize=(10, 3), layout="constrained")
+long = np.flatnonzero((test_ids > 2).sum(axis=1) == 7)
+shown = [*long[says[long] == 0][:4], *long[says[long] == 1][:4]]
+for place, index in enumerate(shown):
+    kind = ("function", "class")[says[index]]
+    axes.text(0, -place, kind, weight="bold", va="center")
+    weights = attention[index] / attention[index, 1:].max()
+    kept = np.flatnonzero(test_ids[index] > 0)[1:]
+    for column, position in enumerate(kept, start=1):
+        axes.text(
+            column + 0.5,
+            -place,
+            vocabulary[test_ids[index, position]],
+            ha="center",
+            va="center",
+            bbox={
+                "facecolor": plt.cm.Oranges(0.7 * weights[position]),
+                "edgecolor": "none",
+            },
+        )
+axes.set(title="What BERT says, and the words that it looks at")
+axes.set(xlim=(0, LENGTH), ylim=(-len(shown) + 0.4, 0.6))
+axes.set_axis_off()
 plt.show()

@@ -8,6 +8,9 @@ Slow programs are mostly programs that make ever new kinds of calls.
 Count them.
 """
 
+import os
+import subprocess
+import sys
 import time
 
 import jax
@@ -158,12 +161,39 @@ count(
 # float64
 # -------
 # JAX computes in float32. A float64 array of NumPy is no new kind of
-# call, and no gain.
+# call, and no gain. ``JAX_ENABLE_X64=1`` changes that, for a process as
+# a whole. Then float64 is a kind of call of its own to a function. A
+# layer casts what it gets to its own ``dtype``, so it has one kind
+# still, and computes in float64 only when told so.
 
-layer = make_layer()
-both = [lambda: layer(x), lambda: layer(x.astype("float64"))]
-count("float32 and float64", both)
-print("result:", layer(x.astype("float64")).dtype)
+program = """
+import jax, jaxwrap, numpy as np
+
+traces = 0
+
+def double(inputs):
+    global traces
+    traces += 1
+    return 2 * inputs
+
+print("x64 is", "on" if jax.config.jax_enable_x64 else "off")
+for title, function in {
+    "a function": jaxwrap.wrap_function(double),
+    "a layer": jaxwrap.JaxLayer(double),
+    "a layer of float64": jaxwrap.JaxLayer(double, dtype="float64"),
+}.items():
+    function(np.ones(3, "float32"))
+    traces = 0
+    function(np.ones(3, "float32"))
+    result = function(np.ones(3, "float64"))
+    print(f"  {title:<19}{result.dtype}, {traces} new traces")
+"""
+for x64 in "01":
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={**os.environ, "JAX_ENABLE_X64": x64},
+        check=True,
+    )
 
 # %%
 # What a call costs
