@@ -24,7 +24,7 @@ LAYERS = [
     ["_weights", "_function"],
     ["_serialization", "_specs"],
     ["_bridge", "_pytree"],
-    ["_typing", "_dtypes", "_errors", "_tracing", "_dense"],
+    ["_typing", "_dtypes", "_errors", "_tracing", "_dense", "_instances"],
 ]
 
 

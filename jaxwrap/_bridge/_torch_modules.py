@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from jaxwrap._instances import instances
+
 
 class _Linked(dict[str, Any]):
     """Tensors by name. One that is put in the place of another becomes the value of the variable.
@@ -66,9 +68,8 @@ def misses_optimizer(layer: Any) -> bool:
     """Return whether an optimizer of torch trains the module around a layer, and cannot have its new parameters."""
     if not torch.is_grad_enabled() or not layer.trainable_variables:
         return False
-    # Torch keeps no list of its optimizers, and a module does not know what it is part of. So look through all
-    # objects, once for a layer that is built in a call.
-    optimizers = _living(torch.optim.Optimizer)
+    # Torch keeps no list of its optimizers. So look for them, once for a layer that is built in a call.
+    optimizers = instances(torch.optim.Optimizer)
     trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     return bool(trained) and any(
         id(parameter) in trained for around in _around(layer) for parameter in _parameters(around)
@@ -76,7 +77,8 @@ def misses_optimizer(layer: Any) -> bool:
 
 
 def _around(layer: Any) -> Iterator[torch.nn.Module]:
-    for module in _living(torch.nn.Module):
+    # A module does not know what it is part of. There are too many classes of modules for `instances`.
+    for module in [obj for obj in gc.get_objects() if issubclass(type(obj), torch.nn.Module)]:
         if module is not layer and any(_holds(part, layer) for part in module.modules()):
             yield module
 
@@ -91,8 +93,3 @@ def _parameters(module: torch.nn.Module) -> Iterator[Any]:
     # Not `parameters()`, with which Keras registers the variables of a layer.
     for part in module.modules():
         yield from part._parameters.values()
-
-
-def _living(cls: type) -> list[Any]:
-    # Not `isinstance`, which asks proxies for their `__class__`.
-    return [obj for obj in gc.get_objects() if issubclass(type(obj), cls)]

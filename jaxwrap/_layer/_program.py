@@ -192,7 +192,8 @@ class Program:
         plans = list(self.plans.values())
         alike = (plan.functions for plan in plans if plan.structure == structure)
         plan = Plan(structure, places, training, next(alike, {}))
-        if len(self.plans) >= _MAX_PLANS:
+        # Several, since threads that add at once may have dropped the same one.
+        while len(self.plans) >= _MAX_PLANS:
             self.plans.pop(next(iter(list(self.plans))), None)
         self.plans[kind] = plan
         return plan

@@ -11,6 +11,7 @@ import keras
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._dtypes import kind
+from jaxwrap._instances import instances
 from jaxwrap._weights import Reparametrization, Rule
 from jaxwrap.reparametrizations import Int4, Int8
 
@@ -103,5 +104,5 @@ def _let_go(layer: Any, variables: Sequence[keras.Variable]) -> None:
 
 def _models_with(layer: Any) -> list[keras.Model]:
     # Layers do not know the models that they are in.
-    models = [found for found in gc.get_objects() if issubclass(type(found), keras.Model)]
+    models = instances(keras.Model)
     return [model for model in models if any(one is layer for one in model._flatten_layers())]
