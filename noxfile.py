@@ -19,9 +19,9 @@ nox.options.error_on_missing_interpreters = bool(os.environ.get("CI"))
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 BACKENDS = ("jax", "tensorflow", "torch", "numpy")
 GALLERY = pathlib.Path("examples", "gallery")
-# What a backend needs besides JAX.
 # What the benchmarks compare on PyTorch.
 RIVALS = ("torchax", "jax2torch", "torch-jax-interop")
+# What a backend needs besides JAX.
 FRAMEWORKS = {"tensorflow": ("tensorflow==2.21.*",), "torch": ("torch==2.13.0",)}
 # GPUs round differently: on them, backends agree to 1e-5 only with settings of their own.
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
