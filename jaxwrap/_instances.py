@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def instances(cls: type) -> list[Any]:
-    """Return the living instances of a class with few subclasses, and of those.
+def instances(*classes: type) -> list[Any]:
+    """Return the living instances of a few classes, not those of their subclasses.
 
     Not by `gc.get_objects()`: its list also holds the tuples that other threads are making, and Python then raises
     SystemError in those threads. Instances refer to their class.
     """
-    classes = [*_with_subclasses(cls)]
     # Not `isinstance`, which asks proxies for their `__class__`.
-    return [found for found in gc.get_referrers(*classes) if issubclass(type(found), cls)]
+    return (
+        [found for found in gc.get_referrers(*classes) if type(found) in classes] if classes else []
+    )
 
 
-def _with_subclasses(cls: type) -> Iterator[type]:
+def with_subclasses(cls: type) -> Iterator[type]:
+    """Yield a class and all that are derived from it."""
     yield cls
     for subclass in cls.__subclasses__():
-        yield from _with_subclasses(subclass)
+        yield from with_subclasses(subclass)

@@ -1,5 +1,7 @@
 """Fixtures. The backend is the one KERAS_BACKEND names; one that is missing fails the run."""
 
+import gc
+import itertools
 import os
 import shutil
 
@@ -15,6 +17,7 @@ from backends import BACKENDS  # noqa: E402  (imports Keras, which fails where t
 
 BACKEND = BACKENDS[NAME]()
 FIRST = os.environ.get("JAXWRAP_BACKENDS", NAME).split(",")[0]
+TESTS = itertools.count()
 # nox hides it: on a GPU backends agree less closely.
 GPU = bool(shutil.which("nvidia-smi")) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
@@ -48,6 +51,13 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if not applies(item)])
     items[:] = [item for item in items if applies(item)]
+
+
+def pytest_runtest_setup():
+    """Keep the garbage collector from looking, each time, at all that was imported: a million objects in the end."""
+    if next(TESTS) % 20 == 1:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

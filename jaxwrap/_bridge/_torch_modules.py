@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from jaxwrap._instances import instances
+from jaxwrap._instances import instances, with_subclasses
 
 
 class _Linked(dict[str, Any]):
@@ -68,8 +68,10 @@ def misses_optimizer(layer: Any) -> bool:
     """Return whether an optimizer of torch trains the module around a layer, and cannot have its new parameters."""
     if not torch.is_grad_enabled() or not layer.trainable_variables:
         return False
-    # Torch keeps no list of its optimizers. So look for them, once for a layer that is built in a call.
-    optimizers = instances(torch.optim.Optimizer)
+    # Torch keeps no list of its optimizers. So look for them, once for a layer that is built in a call, and not where
+    # there has never been one: the first of a class puts hooks around its `step`.
+    classes = with_subclasses(torch.optim.Optimizer)
+    optimizers = instances(*[cls for cls in classes if hasattr(cls.step, "hooked")])
     trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     return bool(trained) and any(
         id(parameter) in trained for around in _around(layer) for parameter in _parameters(around)

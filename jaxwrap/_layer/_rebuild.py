@@ -11,7 +11,7 @@ import keras
 
 from jaxwrap._bridge import get_bridge
 from jaxwrap._dtypes import kind
-from jaxwrap._instances import instances
+from jaxwrap._instances import instances, with_subclasses
 from jaxwrap._weights import Reparametrization, Rule
 from jaxwrap.reparametrizations import Int4, Int8
 
@@ -86,15 +86,15 @@ def _rebuild(engine: Engine, pairs: list[tuple[str, Rule]]) -> None:
 
 def _drop_compiled(engine: Engine) -> None:
     """Drop what has the old variables in it, so that memory need not hold them until all leaves are new ones."""
-    if engine.program is not None:
-        engine.program.close()
-        engine.program = None
     for model in _models_with(engine.layer):
         # So has the optimizer. `fit` now asks for `compile`.
         model.train_function = model.test_function = model.predict_function = None
         model.compiled = False
-    # Compiled functions are in cycles.
-    gc.collect()
+    if engine.program is not None:
+        engine.program.close()
+        engine.program = None
+        # Compiled functions are in cycles.
+        gc.collect()
 
 
 def _let_go(layer: Any, variables: Sequence[keras.Variable]) -> None:
@@ -104,5 +104,5 @@ def _let_go(layer: Any, variables: Sequence[keras.Variable]) -> None:
 
 def _models_with(layer: Any) -> list[keras.Model]:
     # Layers do not know the models that they are in.
-    models = instances(keras.Model)
+    models = instances(*with_subclasses(keras.Model))
     return [model for model in models if any(one is layer for one in model._flatten_layers())]
