@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from jaxwrap._instances import instances, with_subclasses
+from jaxwrap._instances import instances, with_instances, with_subclasses
 
 
 class _Linked(dict[str, Any]):
@@ -79,8 +78,8 @@ def misses_optimizer(layer: Any) -> bool:
 
 
 def _around(layer: Any) -> Iterator[torch.nn.Module]:
-    # A module does not know what it is part of. There are too many classes of modules for `instances`.
-    for module in [obj for obj in gc.get_objects() if issubclass(type(obj), torch.nn.Module)]:
+    # A module does not know what it is part of. Of the many classes of modules, a process uses a few.
+    for module in instances(*with_instances(with_subclasses(torch.nn.Module))):
         if module is not layer and any(_holds(part, layer) for part in module.modules()):
             yield module
 
