@@ -170,8 +170,8 @@ def docs(session):
     session.install("--quiet", *requirements_of("docs"))
     env = {**ON_CPU, **compiled_once(session), "KERAS_BACKEND": "jax"}
     session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build/html", env=env)
-    if shutil.which("chromium") or shutil.which("chromium-browser"):
-        session.run("python", "docs/_check_pages.py", "docs/_build/html")
+    if chromium := shutil.which("chromium") or shutil.which("chromium-browser"):
+        session.run("python", "docs/_check_pages.py", "docs/_build/html", chromium)
     else:
         session.warn("SKIPPED: the check of the pages in Chromium, which is not installed")
 

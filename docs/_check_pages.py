@@ -1,4 +1,4 @@
-"""`python docs/_check_pages.py HTML`: looks at all pages in headless Chromium, as `nox -s docs` does.
+"""`python docs/_check_pages.py HTML CHROMIUM`: looks at all pages in headless Chromium, as `nox -s docs` does.
 
 Every page, at the width of a phone and of a desk: it does not scroll sideways, logs no error, and loads nothing from
 elsewhere. The search finds what newcomers look for.
@@ -8,7 +8,6 @@ import contextlib
 import functools
 import http.server
 import pathlib
-import shutil
 import sys
 import threading
 
@@ -57,12 +56,9 @@ def pages_of(folder):
     return [page for page in pages if page not in modules] + modules[:2]
 
 
-def check(folder):
+def check(folder, chromium):
     """Yield what is wrong."""
     with serving(folder) as address, sync_playwright() as playwright:
-        chromium = shutil.which("chromium") or shutil.which(
-            "chromium-browser"
-        )
         browser = playwright.chromium.launch(
             executable_path=chromium, args=ARGUMENTS
         )
@@ -108,7 +104,8 @@ def check(folder):
 
 def main():
     """Exit with 1 if something is wrong."""
-    faults = list(check(pathlib.Path(sys.argv[1]).resolve()))
+    folder, chromium = sys.argv[1:]
+    faults = list(check(pathlib.Path(folder).resolve(), chromium))
     sys.stdout.write(
         "\n".join(faults) or "Chromium finds no fault with the pages."
     )
