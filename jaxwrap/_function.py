@@ -91,7 +91,6 @@ class PytreeFunction:
         self._fn = fn
         self._argument = argument
         self._name = name
-        self._prefix = f"{name}: " if name else ""
         self._platforms = platforms
         self._bridge = bridge or get_bridge()
         self._bridged = functools.lru_cache(_MAX_KEPT)(self._bridge_for)
@@ -106,10 +105,10 @@ class PytreeFunction:
     def _call(self, *trees: PyTree) -> tuple[PyTree, PyTree]:
         parts = [partition(tree, self._bridge.is_tensor) for tree in trees]
         structures = tuple(structure for _, structure in parts)
-        bridged = self._bridged(structures)
-        # At each call: the structure is the same for all shapes and dtypes.
-        self._check_tensors(*parts[0])
         try:
+            bridged = self._bridged(structures)
+            # At each call: the structure is the same for all shapes and dtypes.
+            self._check_tensors(*parts[0])
             outputs, aux, static = bridged(*(tensor for tensors, _ in parts for tensor in tensors))
         except Exception as error:
             if self._name:
@@ -140,12 +139,12 @@ class PytreeFunction:
                 dtypes.append(self._bridge.spec(tensor)[1])
             except (TypeError, ValueError) as error:
                 path = structure.array_paths(self._argument)[index]
-                raise type(error)(f"{self._prefix}argument {path}: {error}") from None
+                raise type(error)(f"argument {path}: {error}") from None
         warn_if_narrowed(dtypes)
 
     def _check_static(self, structure: Structure) -> None:
         for path, leaf in zip(structure.key_paths(), structure.leaves, strict=True):
-            what = f"{self._prefix}argument {self._argument(path)}"
+            what = f"argument {self._argument(path)}"
             try:
                 check_dense(leaf)
             except TypeError as error:
