@@ -15,7 +15,7 @@ import keras
 from jaxwrap._errors import describe, door, naming
 from jaxwrap._layer import Adapter, CallResult, JaxLayer
 from jaxwrap._layer._signature import AUTO
-from jaxwrap._serialization import serialize, serialize_by_name, serialize_callable
+from jaxwrap._serialization import serialize, serialize_callable
 from jaxwrap._typing import PyTree
 from jaxwrap.adapters._arguments import ModuleArguments, select_output
 from jaxwrap.adapters._axis_rules import AxisRules, axis_rules_scope, check_axis_rules
@@ -34,10 +34,11 @@ from jaxwrap.adapters._nnx_factories import (
     abstract_module,
     check_factory,
     make_module,
-    typed,
+    module_for_config,
+    rngs_of,
     unsharded,
 )
-from jaxwrap.adapters._nnx_variables import as_params_and_state, collection_name, pop_collections
+from jaxwrap.adapters._nnx_variables import as_params_and_state, collection_name, take_apart
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -132,11 +133,9 @@ class NNX(Adapter):
         """Return the graph definition, parameters and state of a copy of a module, without what it has sown."""
         from flax import nnx
 
-        # Of a clone, since `pop` takes variables out, and the module of the user must not change.
+        # Of a clone, since the module of the user must not change.
         with unsharded():
-            copy = nnx.clone(module)
-            pop_collections(copy, self._sown)
-            return nnx.split(copy, self._filter, ...)
+            return take_apart(nnx.clone(module), self._filter, self._sown)[1:]
 
     def _values(self, module: Any) -> tuple[PyTree, PyTree]:
         from flax import nnx
@@ -159,12 +158,9 @@ class NNX(Adapter):
 
     def init(self, keys: PyTree, inputs: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
         """Call the factory."""
-        from flax import nnx
-
         assert self.factory is not None
-        # `nnx.Rngs` takes typed keys, and the keys of a layer are raw by default.
         with axis_rules_scope(self.axis_rules):
-            return self._values(make_module(self.factory, nnx.Rngs(typed(keys))))
+            return self._values(make_module(self.factory, rngs_of(keys)))
 
     def call(
         self,
@@ -184,14 +180,13 @@ class NNX(Adapter):
             self._capture.record(module)
         own = {}
         if self._takes_rngs:
-            own["rngs"] = None if keys is None else nnx.Rngs(typed(keys))
+            own["rngs"] = None if keys is None else rngs_of(keys)
         method = bind_method(module, self.method)
         with axis_rules_scope(self.axis_rules):
             outputs = self._arguments.call(method, inputs, training, **own)
         outputs = select_output(outputs, self.output)
         captured = self._capture.take(module) if self._capture else None
-        sown = pop_collections(module, self._sown)
-        _, _, new_state = nnx.split(module, self._filter, ...)
+        sown, _, _, new_state = take_apart(module, self._filter, self._sown)
         result = self._roles.result(outputs, nnx.to_pure_dict(new_state), sown)
         return result if captured is None else self._capture.add(result, captured)
 
@@ -212,12 +207,12 @@ class NNX(Adapter):
         return super().split(as_params_and_state(variables, params, self._sown))
 
     def get_config(self) -> dict[str, Any]:
-        """Return the fields as JSON. Nothing says how an instance was made, so a factory must."""
+        """Return the fields as JSON."""
         from flax import nnx
 
         method = method_for_config(self.example, self.method, nnx.Module)
         return {
-            "module": self._module_config() if self.factory is None else None,
+            "module": module_for_config(self.module) if self.factory is None else None,
             "method": serialize_callable(method, "method"),
             "trained": serialize(self.trained, "trainable"),
             "collections": serialize(self._roles.given, "collections"),
@@ -227,16 +222,6 @@ class NNX(Adapter):
             "capture": list(self.capture),
             "axis_rules": serialize(self.axis_rules, "axis_rules"),
         }
-
-    def _module_config(self) -> Any:
-        return serialize_by_name(
-            self.module,
-            "module",
-            "is an instance, and nothing says how it was made",
-            "Name a function that makes such a module: `NNXLayer(module, factory=make)` keeps the values, and "
-            "`NNXLayer.from_factory(make)` makes new ones. `make(rngs)` returns the module, and is registered by "
-            '`@jaxwrap.register_serializable("my_package")`',
-        )
 
     @classmethod
     def fields_from_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxwrap._pytree import path_str
+from jaxwrap._serialization import serialize_by_name
 from jaxwrap._typing import PyTree
 
 
@@ -36,10 +37,25 @@ def abstract_module(factory: Callable[..., Any]) -> Any:
     return nnx.eval_shape(lambda: make_module(factory, nnx.Rngs(0)))
 
 
-def typed(key: Any) -> Any:
-    """Return a raw key as a typed one, which `nnx.Rngs` takes."""
+def rngs_of(key: Any) -> Any:
+    """Return the `nnx.Rngs` of a key of the layer."""
+    from flax import nnx
+
+    # `nnx.Rngs` takes typed keys, and the keys of a layer are raw by default.
     is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if is_typed else jax.random.wrap_key_data(key)
+    return nnx.Rngs(key if is_typed else jax.random.wrap_key_data(key))
+
+
+def module_for_config(module: Any) -> Any:
+    """Return the name of a registered module as JSON. Nothing says how others were made, so a factory must."""
+    return serialize_by_name(
+        module,
+        "module",
+        "is an instance, and nothing says how it was made",
+        "Name a function that makes such a module: `NNXLayer(module, factory=make)` keeps the values, and "
+        "`NNXLayer.from_factory(make)` makes new ones. `make(rngs)` returns the module, and is registered by "
+        '`@jaxwrap.register_serializable("my_package")`',
+    )
 
 
 def check_factory(given: PyTree, made: PyTree) -> None:

@@ -15,8 +15,22 @@ def collection_name(name: Any) -> str:
     return name if isinstance(name, str) else nnx.variable_name_from_type(name, allow_register=True)
 
 
-def pop_collections(module: Any, names: Collection[str]) -> dict[str, PyTree]:
-    """Take variables of these collections out of a module. Return them by collection."""
+def take_apart(
+    module: Any, trained: Any, sown: Collection[str]
+) -> tuple[dict[str, PyTree], Any, Any, Any]:
+    """Take the variables of the sown collections out of a module, and split the rest.
+
+    Returns:
+        The sown values by collection, the graph definition, the parameters, and the state.
+    """
+    from flax import nnx
+
+    values = _pop(module, sown)
+    graphdef, params, state = nnx.split(module, trained, ...)
+    return values, graphdef, params, state
+
+
+def _pop(module: Any, names: Collection[str]) -> dict[str, PyTree]:
     from flax import nnx
     from flax.traverse_util import unflatten_dict
 
