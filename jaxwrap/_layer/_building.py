@@ -18,7 +18,7 @@ from jaxwrap._tracing import outside_traces
 from jaxwrap._typing import Array, PyTree
 from jaxwrap._weights import Plan
 from jaxwrap._weights._leaf import Leaf
-from jaxwrap._weights._variables import Initial, array_of
+from jaxwrap._weights._variables import Initial, array_of, made_by
 
 if TYPE_CHECKING:
     from jaxwrap._layer._engine import Engine
@@ -68,7 +68,7 @@ def _init_divided(engine: Engine, specs: dict[str, PyTree]) -> None:
     def make(shardings: Sequence[Any]) -> list[Array]:
         return jax.jit(jaxpr_as_fun(closed), out_shardings=list(shardings))()
 
-    engine.fill(traced.plan, traced.initials, make)
+    engine.fill(traced.plan, traced.initials, made_by(make))
 
 
 class Traced(NamedTuple):

@@ -30,7 +30,7 @@ from jaxwrap._tracing import explained
 from jaxwrap._typing import PyTree
 from jaxwrap._weights import Dtypes, Plan, Rules, Weights
 from jaxwrap._weights._files import load, save
-from jaxwrap._weights._variables import Initial, Make
+from jaxwrap._weights._variables import Initial, Source, as_copies
 
 
 class Engine:
@@ -126,9 +126,9 @@ class Engine:
         initials = [leaf.initials(value) for leaf, value in zip(plan.leaves, values, strict=True)]
         self.fill(plan, initials)
 
-    def fill(self, plan: Plan, initials: list[list[Initial]], make: Make | None = None) -> None:
+    def fill(self, plan: Plan, initials: list[list[Initial]], source: Source = as_copies) -> None:
         """Make the variables: see `Weights`."""
-        self.weights = Weights(self.layer, plan, initials, make)
+        self.weights = Weights(self.layer, plan, initials, source)
         self.track()
 
     def track(self) -> None:

@@ -15,7 +15,7 @@ from jaxwrap._pytree import Structure, describe_difference, is_leaf_array, parti
 from jaxwrap._typing import Array, PyTree
 from jaxwrap._weights._leaf import Leaf, LeafPath
 from jaxwrap._weights._reparametrization import Tied
-from jaxwrap._weights._variables import Initial, Make, create_variables
+from jaxwrap._weights._variables import Initial, Source, as_copies, create_variables
 
 
 class Leaves:
@@ -72,12 +72,12 @@ class Leaves:
         leaves: Sequence[Leaf],
         values: Sequence[Any],
         order: Iterable[int] = (),
-        is_copied: bool = True,
+        source: Source = as_copies,
     ) -> Leaves:
         """Make the variables of `values`. The owner must still track them. See `create_variables`."""
         places = tuple(order) or tuple(range(len(leaves)))
         ordered = (values[place] for place in places)
-        fill(owner, [leaves[place] for place in places], ordered, is_copied=is_copied)
+        fill(owner, [leaves[place] for place in places], ordered, source=source)
         return cls(structure, leaves, places)
 
     def copied(self, find: Callable[[keras.Variable], keras.Variable]) -> Leaves:
@@ -236,7 +236,7 @@ def fill(
     leaves: Sequence[Leaf],
     values: Iterable[Any],
     outer: Sequence[str] | None = None,
-    is_copied: bool = True,
+    source: Source = as_copies,
 ) -> None:
     """Make the variables of leaves: see `create_variables`. The owner knows none of them before all are made.
 
@@ -244,7 +244,7 @@ def fill(
         ValueError: If a leaf cannot be computed from parts as its rule says.
     """
     initials = [leaf.initials(value) for leaf, value in zip(leaves, values, strict=True)]
-    fill_with(owner, leaves, initials, outer, is_copied=is_copied)
+    fill_with(owner, leaves, initials, outer, source)
 
 
 def fill_with(
@@ -252,11 +252,10 @@ def fill_with(
     leaves: Sequence[Leaf],
     initials: Sequence[Sequence[Initial]],
     outer: Sequence[str] | None = None,
-    make: Make | None = None,
-    is_copied: bool = True,
+    source: Source = as_copies,
 ) -> None:
     """Make the variables of leaves as they are described: see `create_variables`."""
     flat = [one for part in initials for one in part]
-    made = iter(create_variables(owner, flat, outer, make, is_copied))
+    made = iter(create_variables(owner, flat, outer, source))
     for leaf, part in zip(leaves, initials, strict=True):
         leaf.variables = tuple(itertools.islice(made, len(part)))

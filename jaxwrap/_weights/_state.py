@@ -16,7 +16,7 @@ from jaxwrap._weights._leaf import Leaf
 from jaxwrap._weights._leaves import Leaves
 from jaxwrap._weights._names import unique_names
 from jaxwrap._weights._rules import Rule
-from jaxwrap._weights._variables import array_of, key_impl, mesh_sharding
+from jaxwrap._weights._variables import array_of, as_copies, as_they_are, key_impl, mesh_sharding
 
 Names = tuple[str, ...]
 
@@ -80,7 +80,8 @@ class State:
             for path, array, impl in zip(paths, arrays, impls, strict=True)
         ]
         values = arrays if mesh is not None else [np.asarray(array) for array in arrays]
-        self._leaves = Leaves.create(owner, structure, leaves, values, order, mesh is None)
+        source = as_copies if mesh is None else as_they_are
+        self._leaves = Leaves.create(owner, structure, leaves, values, order, source)
         self.variables = self._leaves.variables
         self.tree = self._leaves.tree
         self.decode = self._leaves.decode

@@ -20,9 +20,6 @@ from jaxwrap._typing import Array
 from jaxwrap._weights._axes import Axes
 from jaxwrap._weights._devices import layout_of, sharding_of
 
-# Returns arrays with these shardings.
-Make = Callable[[Sequence[Any]], Iterable[Array]]
-
 
 class Initial(NamedTuple):
     """The description of a variable to make.
@@ -46,12 +43,38 @@ class Initial(NamedTuple):
     held: Any = None
 
 
+# Returns a layout or None for each variable of an owner, and arrays in these layouts that nobody else holds.
+Source = Callable[[Any, Sequence[Initial]], tuple[Sequence[Any], Iterable[Any]]]
+
+
+def as_copies(owner: Any, initials: Sequence[Initial]) -> tuple[Sequence[Any], Iterable[Any]]:
+    """Copy the values."""
+    values = [array_of(one.value) for one in initials]
+    layouts = _layouts(owner, initials, values)
+    return layouts, get_bridge().copies(values, list(map(sharding_of, layouts)))
+
+
+def as_they_are(owner: Any, initials: Sequence[Initial]) -> tuple[Sequence[Any], Iterable[Any]]:
+    """Take the values as they are: arrays on a mesh that nobody else holds."""
+    values = [array_of(one.value) for one in initials]
+    return list(map(mesh_sharding, values)), values
+
+
+def made_by(make: Callable[[Sequence[Any]], Iterable[Array]]) -> Source:
+    """Let `make` return arrays with the shardings of JAX that it gets. `initials` have structs for values."""
+
+    def source(owner: Any, initials: Sequence[Initial]) -> tuple[Sequence[Any], Iterable[Any]]:
+        layouts = _layouts(owner, initials, [one.value for one in initials])
+        return layouts, make(list(map(sharding_of, layouts)))
+
+    return source
+
+
 def create_variables(
     owner: Any,
     initials: Sequence[Initial],
     outer: Sequence[str] | None = None,
-    make: Make | None = None,
-    is_copied: bool = True,
+    source: Source = as_copies,
 ) -> list[keras.Variable]:
     """Create variables that are named by paths below their owner.
 
@@ -59,22 +82,15 @@ def create_variables(
         owner: Its name begins the paths.
         initials: The variables.
         outer: The names above the owner in the paths of its first variables. None for the first ones.
-        make: Makes the values with the shardings of JAX that it gets. They are not copied. `initials` then have
-            structs in the place of values.
-        is_copied: Whether to copy the values. If not, they are arrays on a mesh that nobody else holds.
+        source: Where their values come from: `as_copies`, `as_they_are` or `made_by(...)`.
     """
     variables = []
     # `add_weight` would put the name right under the layer. The path of a leaf becomes nested scopes instead.
     # Keras knows the model around the owner by now, which the first variables may have been older than.
     parent = None if outer is None else "/".join(outer)
     with keras.name_scope(owner.name, caller=owner, override_parent=parent):
-        values = [one.value if make else array_of(one.value) for one in initials]
-        if is_copied:
-            layouts = _layouts(owner, initials, values)
-            shardings = list(map(sharding_of, layouts))
-            copies = iter(make(shardings)) if make else get_bridge().copies(values, shardings)
-        else:
-            layouts, copies = list(map(mesh_sharding, values)), iter(values)
+        layouts, arrays = source(owner, initials)
+        remaining = iter(arrays)
         pairs = zip(initials, layouts, strict=True)
         for scopes, together in itertools.groupby(pairs, lambda pair: pair[0].path[:-1]):
             with contextlib.ExitStack() as stack:
@@ -82,7 +98,7 @@ def create_variables(
                     stack.enter_context(keras.name_scope(scope))
                 # One after the other, so that no backend ever holds a second copy of the whole.
                 variables += [
-                    _create(initial, next(copies), layout) for initial, layout in together
+                    _create(initial, next(remaining), layout) for initial, layout in together
                 ]
     return variables
 

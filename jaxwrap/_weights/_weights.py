@@ -24,7 +24,7 @@ from jaxwrap._weights._patterns import match
 from jaxwrap._weights._rules import Rule, Rules
 from jaxwrap._weights._table import ModuleTable, WeightRow, WeightTable
 from jaxwrap._weights._targets import Target, of_leaf, of_variable
-from jaxwrap._weights._variables import Initial, Make, assign
+from jaxwrap._weights._variables import Initial, Source, as_copies, assign
 
 Join = Callable[[PyTree, PyTree], PyTree]
 
@@ -123,7 +123,7 @@ class Weights:
         owner: Any,
         plan: Plan,
         initials: Sequence[Sequence[Initial]],
-        make: Make | None = None,
+        source: Source = as_copies,
     ):
         """Make the variables.
 
@@ -131,7 +131,7 @@ class Weights:
             owner: Its name begins the paths of the variables, and it must still track them.
             plan: The weights.
             initials: The variables of each leaf.
-            make: See `create_variables`.
+            source: See `create_variables`.
 
         Raises:
             ValueError: If a rule has the layout of a leaf of another rank, or one that does not fit the mesh.
@@ -139,7 +139,7 @@ class Weights:
         for leaf in plan.leaves:
             if leaf.rule.layout is not None:
                 check_rank(leaf.path, leaf.shape, leaf.rule.layout)
-        fill_with(owner, plan.leaves, initials, make=make)
+        fill_with(owner, plan.leaves, initials, source=source)
         self.leaves, self._rules = plan.leaves, plan.rules
         split = self.leaves[: plan.params_count], self.leaves[plan.params_count :]
         self.params, self.state = map(Leaves, plan.structures, split)
