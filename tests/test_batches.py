@@ -96,26 +96,53 @@ def test_predict_without_labels():
     close(predictions[:10], dense(PARAMS, X))
 
 
+classes = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+accuracy = keras.metrics.SparseCategoricalAccuracy
+squares = keras.losses.MeanSquaredError()
+distance = keras.metrics.MeanAbsoluteError
+# Loss, metric, and the shapes of labels and predictions.
+RANKS = {
+    "numbers": (squares, distance, (10,), (10, 1)),
+    "images": (squares, distance, (10, 4, 4, 3), (10, 4, 4, 3)),
+    "classes": (classes, accuracy, (10,), (10, 3)),
+    # As long as a batch: a wrong axis would not be seen.
+    "tokens": (classes, accuracy, (10, 4), (10, 4, 3)),
+    "pixels": (classes, accuracy, (10, 4, 4), (10, 4, 4, 3)),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("case", RANKS)
+def test_weights_fit_losses_of_any_rank(case):
+    loss, metric, shape, predicted = RANKS[case]
+    labels = RNG.integers(0, 3, shape).astype("float32")
+    predictions = RNG.standard_normal(predicted).astype("float32")
+    last, labels_of_last, weights = padded(predictions, labels)[2]
+    expected = to_numpy(loss(labels[8:], predictions[8:]))
+    close(to_numpy(loss(labels_of_last, last, weights)), expected, 1e-5)
+    whole, parts = metric(), metric()
+    whole.update_state(labels, predictions)
+    for x, y, w in padded(predictions, labels, training=False):
+        parts.update_state(y, x, w)
+    close(to_numpy(parts.result()), to_numpy(whole.result()), 1e-5)
+
+
 @pytest.mark.parametrize("make", [list, tuple, lambda pair: dict(zip("ab", pair, strict=True))])
 def test_nests_of_arrays(make, backend):
-    """Labels of several ranks: one class for each row, and for each of five places."""
-    inputs = make([X, X[:, :1].astype("float64")])
-    first = keras.Input((3,), name="a")
-    second = keras.Input((1,), name="b")
+    first, second = keras.Input((3,), name="a"), keras.Input((1,), name="b")
     joined = keras.layers.Concatenate()([first, second])
-    rows = keras.layers.Dense(2)(joined)
-    places = keras.layers.Reshape((5, 3))(keras.layers.Dense(15)(joined))
-    model = keras.Model(make([first, second]), make([rows, places]))
-    loss = keras.losses.SparseCategoricalCrossentropy
-    model.compile(keras.optimizers.SGD(0.5), loss=make([loss(True), loss(True)]))
-    labels = make([np.arange(10) % 2, np.arange(50).reshape(10, 5) % 3])
+    outputs = [keras.layers.Dense(2)(joined), keras.layers.Reshape((2, 2))(joined)]
+    model = keras.Model(make([first, second]), make(outputs))
+    model.compile(keras.optimizers.SGD(0.5), loss=make(["mse", "mse"]))
+    inputs = make([X, X[:, :1].astype("float64")])
+    labels = make([Y, X[:, :2, None] + Y[:, None]])
     batches = padded(inputs, labels)
-    assert [array.shape for array in jax.tree.leaves(batches[2][2])] == [(4,), (4, 1)]
-    # The oracle: the two rows of the last batch by themselves.
-    two = jax.tree.map(lambda array: array[8:], (inputs, labels))
-    expected = model.test_on_batch(*two, return_dict=True)["loss"]
+    assert [array.shape for array in jax.tree.leaves(batches[2][2])] == [(4, 1), (4, 1, 1)]
+    rows = jax.tree.map(lambda array: array[8:], (inputs, labels))
+    expected = model.test_on_batch(*rows, return_dict=True)["loss"]
     model.reset_metrics()
     close(model.test_on_batch(*batches[2], return_dict=True)["loss"], expected, 1e-5)
+    model.evaluate(batches, verbose=0)
     if backend.trains:
         model.fit(batches, verbose=0)
 

@@ -28,9 +28,9 @@ class PaddedBatches(keras.utils.PyDataset):
         x: Inputs, as `fit` takes them: an array, or a dict, list or tuple of arrays.
         y: Labels, likewise. Without labels there are no weights, for `predict`. Take the copies off its result:
             `model.predict(batches)[:len(x)]`.
-        sample_weight: Weights of the rows: an array for all labels, or one for each array in `y`. By default, ones with as
-            many axes as `y`, of size 1 after the first. A loss that takes the mean over more than the last axis of
-            `y` needs weights of its own shape: `np.ones(len(x))`.
+        sample_weight: Weights of the rows: an array for all labels, or one for each array in `y`. The default is 1 for
+            losses of shape `y.shape` or `y.shape[:-1]`. For losses with fewer axes, pass weights of their rank: for
+            one loss per row, `np.ones(len(x))`.
         batch_size: The rows of a batch.
         shuffle: Whether to put the rows into another order for each epoch. For `fit` alone.
         seed: An integer for the same orders again. By default they follow `keras.utils.set_random_seed`.
@@ -72,7 +72,8 @@ class PaddedBatches(keras.utils.PyDataset):
             nests = {"x": x, "y": y, "sample_weight": sample_weight}
             self._count = _count({name: nest for name, nest in nests.items() if nest is not None})
             _check_weights(sample_weight, y)
-        self._x, self._y, self._weights = jax.tree.map(_on_host, (x, y, sample_weight))
+        arrays = jax.tree.map(_on_host, (x, y, sample_weight))
+        self._x, self._y, self._weights = _without_lists(arrays)
         if y is not None and sample_weight is None:
             self._weights = _ones(self._y)
         self._batch_size = int(batch_size)
@@ -152,6 +153,19 @@ def _check_weights(weights: PyTree, y: PyTree) -> None:
 
 def _on_host(leaf: Any) -> np.ndarray:
     return leaf if isinstance(leaf, np.ndarray) else np.asarray(keras.ops.convert_to_numpy(leaf))
+
+
+def _without_lists(nest: PyTree) -> PyTree:
+    """Return a nest with tuples for lists, of which `tf.data` makes tensors."""
+
+    def is_list(nest: PyTree) -> bool:
+        return isinstance(nest, list)
+
+    return jax.tree.map(
+        lambda leaf: tuple(map(_without_lists, leaf)) if is_list(leaf) else leaf,
+        nest,
+        is_leaf=is_list,
+    )
 
 
 def _ones(y: PyTree) -> PyTree:
