@@ -170,6 +170,30 @@ def test_a_function_is_traced_once_for_each_shape_and_mode():
     assert len(traced) == len(set(traced))
 
 
+def test_a_new_static_value_is_traced_once_and_explained_where_the_model_fails():
+    traced = []
+
+    def call(params, inputs, power=1):
+        traced.append(power)
+        if power < 0:
+            raise OverflowError("too small")
+        return (inputs * params) ** power
+
+    layer = JaxLayer(call, params=2.0, call_arguments=("inputs", "power"))
+    layer(tensor(2))
+    traced.clear()
+    for power in (2, 3):
+        for _ in range(2):
+            np.testing.assert_allclose(
+                to_numpy(layer(tensor(2), power=power)), (2 * x(2)) ** power, 1e-6
+            )
+    assert traced == [2, 3]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"(?s)unexpected: power.*OverflowError: too small"):
+            layer(tensor(2), power=-1)
+    assert to_numpy(layer(tensor(2), power=2)).shape == (2,)
+
+
 def test_threads_compute_what_one_thread_computes():
     layer = FlaxLayer(models.Cnn(), seed=0)
     batches = [tensor(size % 3 + 1, 6, 6, 2, seed=size) for size in range(24)]

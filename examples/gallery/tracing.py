@@ -103,8 +103,8 @@ padded = count(
 # Numbers that are not arrays
 # ---------------------------
 # An argument that is a Python number reaches the function as it is, so
-# that ``if power > 1`` works. Each value is another kind of call, and
-# needs two traces: one to check what comes out, one to compile.
+# that ``if power > 1`` works. Each value is another kind of call, with
+# a trace of its own.
 
 layer = make_layer()
 powers = np.linspace(1.0, 2.0, 20)

@@ -113,8 +113,15 @@ class Calls:
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
         kind = kind_of(treedef, leaves)
         plans = self._engine.built_program().plans
-        plan = plans.get(kind) or self._plan(kind, treedef, leaves)
-        return self._run(plan, leaves, bool(plan.training))
+        plan = plans.get(kind)
+        if plan is not None:
+            return self._run(plan, leaves, bool(plan.training))
+        plan = self._plan(kind, treedef, leaves)
+        try:
+            return self._run(plan, leaves, bool(plan.training), is_new=True)
+        except Exception:
+            plans.pop(kind, None)
+            raise
 
     def symbolic(self, args: Args, kwargs: Kwargs) -> PyTree:
         """Compute a `keras.KerasTensor` for each output."""
@@ -126,11 +133,10 @@ class Calls:
         return _symbols(outputs)
 
     def _plan(self, kind: Any, treedef: Any, leaves: Sequence[Any]) -> Plan:
-        """Make the plan for a kind of call, after a look at arguments of another structure than built for."""
+        """Make the plan for a kind of call."""
         engine, is_tensor = self._engine, get_bridge().is_tensor
         arguments, training = engine.bind(*treedef.unflatten(leaves))
         tensors, structure = partition(arguments, is_tensor)
-        self._check_structure(arguments, structure, bool(training))
         warn_if_narrowed(get_bridge().spec(tensor)[1] for tensor in tensors)
         # Bound in their place, the numbers of the leaves come out in the order of the structure.
         # Once for each kind of call. Later calls take their tensors by these places, without binding arguments.
@@ -138,29 +144,26 @@ class Calls:
         places = [n for n in jax.tree_util.tree_leaves(numbers) if is_tensor(leaves[n])]
         return engine.built_program().add(kind, structure, places, training)
 
-    def _check_structure(
-        self, arguments: dict[str, PyTree], received: Structure, training: bool
-    ) -> None:
-        engine = self._engine
-        _, built = partition_specs(engine.specs)
+    def _explain(self, error: Exception, received: Structure) -> None:
+        """Raise an error that names how the structure of a failed first call differs from the one built for, if so."""
+        _, built = partition_specs(self._engine.specs)
         if received == built:
             return
+        difference = describe_difference(built, received) or "  other containers"
         with naming(describe(self._layer)):
-            try:
-                engine.trace(engine.read_specs(arguments), training)
-            except Exception as error:
-                difference = describe_difference(built, received) or "  other containers"
-                raise ValueError(
-                    "the model fails for these inputs, whose structure is not the one that the layer was built for:\n"
-                    f"{difference}\nIt raised {type(error).__name__}: {error}"
-                ) from error
+            raise ValueError(
+                "the model fails for these inputs, whose structure is not the one that the layer was built for:\n"
+                f"{difference}\nIt raised {type(error).__name__}: {error}"
+            ) from error
 
     def _check_dense(self, leaves: Sequence[Any]) -> None:
         with naming(describe(self._layer)):
             for leaf in leaves:
                 check_dense(leaf)
 
-    def _run(self, plan: Plan, leaves: Sequence[Any], training: bool) -> PyTree:
+    def _run(
+        self, plan: Plan, leaves: Sequence[Any], training: bool, *, is_new: bool = False
+    ) -> PyTree:
         """Call the model. If it raises, nothing has been assigned."""
         engine = self._engine
         # Not `with naming(...)`: at each call, a context manager would cost more than `try`.
@@ -171,6 +174,8 @@ class Calls:
                 engine.reports.check(result.metrics)
         except Exception as error:
             self._check_dense(leaves)
+            if is_new:
+                self._explain(error, plan.structure)
             raise_named(error, describe(self._layer))
         self._assign(result, training)
         return result.outputs
