@@ -70,10 +70,15 @@ def torch_resnet():
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 16))
 
 
+def keras_layers(name):
+    """What makes the model in Keras's layers; None where nothing does."""
+    return {"mlp": keras_mlp, "resnet": keras_resnet}.get(name)
+
+
 def own_layers(name):
     """The name of the rival, and what makes the model; None where there is none."""
     if name not in ("mlp", "resnet"):
         return None
     if BACKEND == "torch":
         return "torch.nn", {"mlp": torch_mlp, "resnet": torch_resnet}[name]
-    return "keras.layers", {"mlp": keras_mlp, "resnet": keras_resnet}[name]
+    return "keras.layers", keras_layers(name)

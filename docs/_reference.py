@@ -30,6 +30,7 @@ BASES = (
     "keras.losses.Loss",
     "keras.metrics.Metric",
     "keras.optimizers.Optimizer",
+    "keras.utils.PyDataset",
 )
 WORD = re.compile(r"\b[A-Za-z_]\w*\b")
 

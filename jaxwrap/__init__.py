@@ -11,7 +11,7 @@ from jaxwrap._bridge._compilations import cache_compilations
 from jaxwrap._function import wrap_function
 from jaxwrap._layer import Adapter, CallResult, JaxLayer, follow_torch_mode
 from jaxwrap._serialization import register_serializable
-from jaxwrap._training import JaxLoss, JaxMetric, OptaxOptimizer, SyncState
+from jaxwrap._training import JaxLoss, JaxMetric, OptaxOptimizer, PaddedBatches, SyncState
 from jaxwrap._weights import Reparametrization, Rule
 from jaxwrap.adapters import (
     EquinoxLayer,
@@ -38,6 +38,7 @@ __all__ = [
     "JaxMetric",
     "NNXLayer",
     "OptaxOptimizer",
+    "PaddedBatches",
     "Reparametrization",
     "Rule",
     "SyncState",

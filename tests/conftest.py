@@ -30,7 +30,10 @@ def pytest_report_header():
 
 
 def pytest_generate_tests(metafunc):
-    if "mode" in metafunc.fixturenames:
+    own = [
+        name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]
+    ]
+    if "mode" in metafunc.fixturenames and "mode" not in own:
         metafunc.parametrize("mode", BACKEND.modes)
 
 

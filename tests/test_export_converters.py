@@ -94,6 +94,7 @@ def built():
     return layer
 
 
+@pytest.mark.once
 @pytest.mark.only("jax")
 @pytest.mark.parametrize("kind", RUNNERS)
 def test_outputs_have_names(kind, tmp_path):
@@ -109,6 +110,7 @@ def test_outputs_have_names(kind, tmp_path):
     np.testing.assert_allclose(outputs["pair_1"], expected["pair"][1], 1e-5, 1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.only("jax")
 def test_onnx_keeps_the_order(tmp_path):
     import onnxruntime
@@ -120,6 +122,7 @@ def test_onnx_keeps_the_order(tmp_path):
     assert names == ["again", "pair_0", "pair_1", "same", "sum"]
 
 
+@pytest.mark.once
 @pytest.mark.only("jax")
 def test_a_name_of_an_input_and_an_output(tmp_path):
     layer = JaxLayer(lambda inputs: {"inputs": inputs * 2})
@@ -132,6 +135,7 @@ def test_a_name_of_an_input_and_an_output(tmp_path):
     np.testing.assert_allclose(outputs["inputs"], x(3, 4) * 2)
 
 
+@pytest.mark.once
 @pytest.mark.only("jax")
 def test_jax_stays_as_it_was(tmp_path):
     before = {name: getattr(jnp, name) for name in dir(jnp)}
@@ -176,6 +180,7 @@ def test_what_a_format_cannot_hold(name, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.once
 @pytest.mark.only("jax")
 def test_a_nan_that_the_model_has_not(tmp_path):
     """LiteRT has no cube root, and its power has no negative base."""
@@ -240,6 +245,7 @@ def test_rules_change_no_value(kind):
             np.testing.assert_allclose(one, two, 1e-5, 1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.only("jax")
 @pytest.mark.parametrize("kind", RULES)
 def test_converters_take_what_is_rewritten(kind, tmp_path):

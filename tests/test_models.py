@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from backends import to_numpy
+from backends import BACKENDS, to_numpy
 from models import MODELS, QUICK, rows
 
 from jaxwrap import FlaxLayer
@@ -124,8 +124,17 @@ class Oracle:
         return outputs, new_state, cotangents, gradients
 
 
+# Where the batch size is known, all graphs get the same function.
+CASES = [
+    pytest.param(name, mode, marks=[pytest.mark.quick] * (name in QUICK))
+    for name in MODELS
+    for mode in BACKENDS[keras.config.backend()].modes
+    if name in QUICK or mode not in ("graph", "xla")
+]
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("name", rows(MODELS, QUICK))
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_values_gradients_and_state(name, training, mode, backend):
     model = MODELS[name]
     inputs = model.inputs(np.random.default_rng(1), 3)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from backends import to_numpy
+from models import once_except
 from transformers import (
     BertConfig,
     FlaxBertForSequenceClassification,
@@ -65,7 +66,7 @@ def images():
 MODELS = {"bert": (bert, tokens), "vit": (vit, images)}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=once_except(MODELS, ["vit"]))
 def case(request):
     make, inputs = MODELS[request.param]
     return make(), inputs()
@@ -167,6 +168,7 @@ def test_arguments_are_filled_in_as_the_model_does():
         named(kinds)
 
 
+@pytest.mark.once
 def test_all_outputs_and_attention():
     model = bert(FlaxBertModel, add_pooling_layer=False)
     layer = from_transformers(model, name="hf")
@@ -186,6 +188,7 @@ def test_all_outputs_and_attention():
     assert (again.dtype, again.input_shape) == (model.dtype, model.input_shape)
 
 
+@pytest.mark.once
 def test_batch_statistics_are_state():
     config = ResNetConfig(
         num_channels=2, embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=3

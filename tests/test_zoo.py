@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from backends import to_numpy
 from models import rows
-from zoo import QUICK, ZOO
+from zoo import EVERYWHERE, QUICK, ZOO
 
 pytestmark = [pytest.mark.each_jax, pytest.mark.lowered]
 
@@ -66,7 +66,7 @@ def train_natively(entry, variables, targets, first):
     return losses, variables
 
 
-@pytest.mark.parametrize("name", rows(ZOO, QUICK))
+@pytest.mark.parametrize("name", rows(ZOO, QUICK, EVERYWHERE))
 def test_inference_is_the_native_one(name):
     entry = ZOO[name]
     layer = entry.make(seed=5)
@@ -83,7 +83,7 @@ def test_inference_is_the_native_one(name):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("name", rows(ZOO, QUICK))
+@pytest.mark.parametrize("name", rows(ZOO, QUICK, EVERYWHERE))
 def test_three_steps_of_training_are_the_native_ones(name):
     """Values by the losses, gradients by what SGD makes of them, and new state."""
     entry = ZOO[name]

@@ -58,11 +58,21 @@ def once_except(names, everywhere):
     ]
 
 
-def rows(table, quick):
-    """The names of the rows of a table, for `parametrize`; those in `quick` have the marker."""
-    assert set(quick) <= set(table)
-    mark = pytest.mark.quick
-    return [pytest.param(name, marks=mark) if name in quick else name for name in table]
+def rows(table, quick, everywhere=None):
+    """The names of the rows of a table, for `parametrize`; those in `quick` have the marker.
+
+    The first backend runs all, the others those of `everywhere`.
+    """
+    everywhere = table if everywhere is None else everywhere
+    assert {*quick, *everywhere} <= set(table)
+    return [
+        pytest.param(
+            name,
+            marks=[pytest.mark.quick] * (name in quick)
+            + [pytest.mark.once] * (name not in everywhere),
+        )
+        for name in table
+    ]
 
 
 # Pure functions.

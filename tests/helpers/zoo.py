@@ -375,3 +375,5 @@ QUICK = (
     "linen scan and remat",
     "jraph",
 )
+# What else is lowered in a way of its own. The other rows differ from these only in what JAX makes of them.
+EVERYWHERE = (*QUICK, "haiku mobilenet", "diffrax neural ode", "linen transformer")
