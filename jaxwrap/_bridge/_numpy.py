@@ -41,8 +41,10 @@ class NumpyBridge(Bridge):
             arrays = list(tensors)
             for run, held in runs:
                 arrays[run] = held.arrays(arrays[run])
+            outputs, aux, static = jitted(*arrays)
             # JAX may read an aliased array after the call returns, while NumPy code is free to overwrite it.
-            outputs, aux, static = jax.block_until_ready(jitted(*arrays))
+            for array in (*outputs, *aux):
+                array.block_until_ready()
             return FlatResult(_to_numpy(outputs), _to_numpy(aux), static)
 
         return call
@@ -81,6 +83,5 @@ def _to_jax(value: Tensor) -> Array:
 def _to_numpy(arrays: tuple[jax.Array, ...]) -> tuple[Tensor, ...]:
     # A copy, since a view of a JAX array is read-only. Typed PRNG keys have no NumPy form and stay.
     return tuple(
-        array if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended) else np.array(array)
-        for array in arrays
+        [np.array(array) if isinstance(array.dtype, np.dtype) else array for array in arrays]
     )

@@ -188,17 +188,20 @@ class Calls:
             variables = engine.weights.variables  # type: ignore[union-attr]
             changed += [variables[index] for index in result.state]
             values += result.state.values()
-        # JAX cannot assign a seed while it traces. So calls count their draws, and seeds move here, after the call.
-        for generator, count in zip(engine.seeds.all().values(), result.draws, strict=True):
-            if count:
-                changed.append(generator.state)
-                values.append(generator.after(count))
-        try:
-            if any(result.draws):
-                get_bridge().check_draws()
-            assign_all(changed, values)
-        except Exception as error:
-            raise_named(error, describe(layer))
+        has_drawn = any(result.draws)
+        if has_drawn:
+            # JAX cannot assign a seed while it traces. So calls count their draws, and seeds move here, after the call.
+            for generator, count in zip(engine.seeds.all().values(), result.draws, strict=True):
+                if count:
+                    changed.append(generator.state)
+                    values.append(generator.after(count))
+        if changed:
+            try:
+                if has_drawn:
+                    get_bridge().check_draws()
+                assign_all(changed, values)
+            except Exception as error:
+                raise_named(error, describe(layer))
         if result.loss is not None:
             layer.add_loss(result.loss)
         for name, value in result.metrics.items():

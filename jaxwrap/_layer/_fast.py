@@ -55,16 +55,21 @@ def learn(
 
 def is_open(route: Route, layer: Any, leaves: Iterable[Any]) -> bool:
     """Whether a call may take the short way now."""
-    return (
+    if (
         # Written out, since `Route.of` would take a good part of the time that is saved.
-        route == (layer.dtype_policy, layer.autocast, layer.__dict__.get("call"))
-        and layer.activity_regularizer is None
-        and layer.input_spec is None
-        and not in_stateless_scope()
-        and get_global_attribute("distribution") is None
+        route != (layer.dtype_policy, layer.autocast, layer.__dict__.get("call"))
+        or layer.activity_regularizer is not None
+        or layer.input_spec is not None
+        or in_stateless_scope()
+        or get_global_attribute("distribution") is not None
+    ):
+        return False
+    # A loop takes half of the time of `all`.
+    for leaf in leaves:  # noqa: SIM110
         # Not the attribute: on NumPy, Keras keeps masks in a table of its own.
-        and all(backend.get_keras_mask(leaf) is None for leaf in leaves)
-    )
+        if backend.get_keras_mask(leaf) is not None:
+            return False
+    return True
 
 
 def enter(layer: Any, training: bool | None) -> bool:
