@@ -216,9 +216,13 @@ def scale(session):
 
 @nox.session(python="3.11", default=False)
 def benchmarks(session):
-    """Compare jaxwrap with its rivals; `-- --backends jax --only eager` for some of it."""
+    """Compare jaxwrap with its rivals; `-- --only eager` for some of it, `-- --device gpu` for PyTorch on a GPU."""
     install(session, session.python, BACKENDS)
+    on_gpu = "gpu" in session.posargs
+    if on_gpu:
+        session.install("--quiet", f"jax[cuda12]=={PYTHONS[session.python].jax}")
     session.install("--quiet", *requirements_of("benchmark"))
     # Without their dependencies, which would change the torch and the JAX that all are measured with.
     session.install("--quiet", "--no-deps", *RIVALS)
-    session.run("python", "-m", "benchmarks", *session.posargs, env=ON_CPU)
+    env = {} if on_gpu else ON_CPU
+    session.run("python", "-m", "benchmarks", *session.posargs, env=env)

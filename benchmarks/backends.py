@@ -19,6 +19,8 @@ def ready(outputs):
     """Waits for a tensor."""
     if BACKEND == "jax":
         return jax.block_until_ready(outputs)
+    if BACKEND == "torch" and outputs.is_cuda:
+        torch.cuda.synchronize()
     # Eager TensorFlow hands out what may still be computed; PyTorch and NumPy on the CPU do not.
     return outputs.numpy() if BACKEND == "tensorflow" else outputs
 

@@ -8,6 +8,7 @@ from benchmarks import process, rows
 
 ALL = ("jax", "tensorflow", "torch", "numpy")
 TRAINING = ALL[:3]
+ON_GPU = ["eager", "gradient"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +37,16 @@ FIGURES = {
 }
 
 
-def measure(names, backend, **settings):
+def measure(names, backend, device="cpu", **settings):
     """All of these figures on one backend: rows and curves."""
     names = [name for name in names if backend in FIGURES[name].backends]
     shared = [name for name in names if FIGURES[name].where == "shared"]
     items = []
     if shared:
         arguments = {"names": shared, **settings}
-        items += _guarded("all", lambda: process.call("figures:measure_here", backend, **arguments))
+        items += _guarded(
+            "all", lambda: process.call("figures:measure_here", backend, device, **arguments)
+        )
     for name in names:
         figure = FIGURES[name]
         if figure.where == "fresh":

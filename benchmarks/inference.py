@@ -67,7 +67,7 @@ def _race(name, title, apply, variables, layers, inputs, own=None, module=None):
     def bridge(make):
         def prepare():
             (call, _), x = make(apply, variables()), tensor(inputs)
-            return lambda: call(x)
+            return lambda: ready(call(x))
 
         return prepare
 
@@ -83,7 +83,8 @@ def _race(name, title, apply, variables, layers, inputs, own=None, module=None):
     def check(label, outputs):
         # The backend's own layers begin with weights of their own.
         if own is None or label != own[0]:
-            np.testing.assert_allclose(np.asarray(outputs), expected, atol=1e-3, rtol=1e-3)
+            outputs = keras.ops.convert_to_numpy(outputs)
+            np.testing.assert_allclose(outputs, expected, atol=1e-3, rtol=1e-3)
 
     def run(rounds, seconds):
         with no_gradients():
@@ -110,8 +111,8 @@ def _own_layers(own, inputs):
         model = own[1]()
         if BACKEND == "torch":
             x = in_torch_order(tensor(inputs))
-            model.eval()
-            return lambda: model(x)
+            model.to(x.device).eval()
+            return lambda: ready(model(x))
         x = tensor(inputs)
         return lambda: ready(model(x, training=False))
 

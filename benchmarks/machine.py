@@ -9,7 +9,7 @@ from pathlib import Path
 
 LIBRARIES = (
     *("jaxwrap", "keras", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow", "torch"),
-    *("torchax", "jax2torch"),
+    *("torchax", "jax2torch", "torch-jax-interop"),
 )
 
 

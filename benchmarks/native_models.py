@@ -6,6 +6,7 @@ from benchmarks.backends import BACKEND
 from benchmarks.models import MODELS, RESNET_BLOCKS
 
 if BACKEND == "torch":
+    import torch
     from torch import nn
     from torch.nn import functional
 
@@ -70,6 +71,38 @@ def torch_resnet():
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 16))
 
 
+def torch_transformer():
+    model = MODELS["transformer"]
+
+    class Attention(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    class Transformer(nn.Module):
+        def __init__(self, vocabulary=8192, width=256):
+            super().__init__()
+            self.embed = nn.Embedding(vocabulary, width)
+            self.positions = nn.Parameter(torch.randn(*model.shape, width) / 50)
+            self.branches = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(width, eps=1e-6), *branch)
+                for _ in range(4)
+                for branch in (
+                    [Attention(width, 4, batch_first=True)],
+                    [nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)],
+                )
+            )
+            self.norm = nn.LayerNorm(width, eps=1e-6)
+            self.head = nn.Linear(width, 16)
+
+        def forward(self, tokens):
+            x = self.embed(tokens) + self.positions
+            for branch in self.branches:
+                x = x + branch(x)
+            return self.head(self.norm(x).mean(axis=1))
+
+    return Transformer()
+
+
 def keras_layers(name):
     """What makes the model in Keras's layers; None where nothing does."""
     return {"mlp": keras_mlp, "resnet": keras_resnet}.get(name)
@@ -77,8 +110,8 @@ def keras_layers(name):
 
 def own_layers(name):
     """The name of the rival, and what makes the model; None where there is none."""
-    if name not in ("mlp", "resnet"):
-        return None
     if BACKEND == "torch":
-        return "torch.nn", {"mlp": torch_mlp, "resnet": torch_resnet}[name]
-    return "keras.layers", keras_layers(name)
+        made = {"mlp": torch_mlp, "resnet": torch_resnet, "transformer": torch_transformer}
+        return ("torch.nn", made[name]) if name in made else None
+    make = keras_layers(name)
+    return None if make is None else ("keras.layers", make)

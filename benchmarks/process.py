@@ -16,10 +16,13 @@ ROOT = Path(__file__).parent.parent
 # package that is installed it is there.
 ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "",
-    "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
-    "CUDA_VISIBLE_DEVICES": "",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+DEVICES = {
+    "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    # PyTorch needs memory too.
+    "gpu": {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
 }
 
 
@@ -31,13 +34,13 @@ class ProcessFailedError(Exception):
         self.items = items
 
 
-def call(target, backend, **arguments):
+def call(target, backend, device="cpu", **arguments):
     """What the generator `module:function` of this package yields in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path, errors = Path(folder, "items"), Path(folder, "errors")
         path.touch()
         command = [sys.executable, "-m", "benchmarks.process", target, json.dumps(arguments), path]
-        env = {**os.environ, **ENVIRONMENT, "KERAS_BACKEND": backend}
+        env = {**os.environ, **ENVIRONMENT, **DEVICES[device], "KERAS_BACKEND": backend}
         with errors.open("w") as stderr:
             code = subprocess.run(command, env=env, cwd=ROOT, stderr=stderr).returncode
         items = [json.loads(line) for line in path.read_text().splitlines()]

@@ -40,7 +40,7 @@ def first_step(backend, rounds, seconds):
     targets = {"jaxwrap": "startup:first_step_of_ours", rival: "startup:first_step_of_jax"}
     if backend != "torch":
         targets[built_in] = "startup:first_step_of_keras"
-    times = _measure(targets, backend, min(rounds, 7))  # each takes ten seconds
+    times = _measure(targets, backend, min(rounds, 5))  # each takes ten seconds
     whats = {
         "step": ("time to first train step, transformer", 1.3),
         "all": ("the same with making and building the model", None),

@@ -10,7 +10,7 @@ import optax
 
 import jaxwrap
 from benchmarks import rows
-from benchmarks.backends import BACKEND, tensor
+from benchmarks.backends import BACKEND, ready, tensor
 from benchmarks.bridges import bridges
 from benchmarks.inference import in_torch_order
 from benchmarks.models import MODELS
@@ -151,7 +151,7 @@ def _backward(call, parameters, x):
             parameter.grad = None
         loss = call(x).square().mean()
         loss.backward()
-        return loss.detach()
+        return ready(loss.detach())
 
     return step
 
@@ -164,8 +164,9 @@ def _layer_gradient(model):
 
 
 def _own_gradient(model, make):
-    made, x = make(), in_torch_order(tensor(model.inputs()))
-    return _backward(made.train(), list(made.parameters()), x)
+    x = in_torch_order(tensor(model.inputs()))
+    made = make().to(x.device).train()
+    return _backward(made, list(made.parameters()), x)
 
 
 def _bridge_gradient(model, bridge):
