@@ -83,7 +83,9 @@ def run_pytest(session, folder, backend, backends, *arguments):
         "JAXWRAP_BACKENDS": ",".join(backends),
     }
     python = str(pathlib.Path(folder, "python"))
-    session.run(python, "-m", "pytest", "-n", "auto", *arguments, env=env, external=True)
+    # By stealing, since some tests take a hundred times as long as others.
+    parallel = ("-n", "auto", "--dist", "worksteal")
+    session.run(python, "-m", "pytest", *parallel, *arguments, env=env, external=True)
 
 
 @nox.session(python=list(PYTHONS), default=False)

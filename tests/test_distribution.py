@@ -51,7 +51,6 @@ def in_two_processes(folder, *arguments):
     return [one.wait() for one in running]
 
 
-@pytest.mark.each_jax
 def test_the_state_of_an_optimizer_lies_as_its_variables():
     on_eight_devices("optimizer_state", "optimizer_values", "optimizer_again")
 

@@ -50,10 +50,7 @@ RUNNERS = {"litert": run_litert, "onnx": run_onnx}
 @pytest.mark.parametrize("kind", RUNNERS)
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name == "mixed" else pytest.param(name, marks=pytest.mark.only("jax"))
-        for name in MODELS
-    ],
+    [name if name == "mixed" else pytest.param(name, marks=pytest.mark.once) for name in MODELS],
 )
 def test_one_file_for_any_batch(name, kind, tmp_path, capfd):
     row = MODELS[name]
@@ -170,6 +167,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.only("jax")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_format_cannot_hold(name, tmp_path):
