@@ -2,7 +2,6 @@
 
 import ast
 import doctest
-import itertools
 import operator
 import os
 import pathlib
@@ -13,14 +12,13 @@ import types
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from models import once_except
 
 import jaxwrap
 import jaxwrap.testing
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
-# The first backend of those that the session under way is about.
-FIRST = os.environ.get("JAXWRAP_BACKENDS", os.environ["KERAS_BACKEND"]).split(",")[0]
 BLOCK = re.compile(r"(?P<trains><!-- trains -->\n+)?```python\n(?P<code>.*?)```", re.DOTALL)
 
 
@@ -43,16 +41,13 @@ def test_there_are_examples():
 
 
 def pages_with_code():
-    """Pages on what differs between backends run on each, the others on the first and on one that trains."""
-    everywhere = {"README.md", "docs/index.md", "docs/guide.md", "docs/backends.md"}
-    turns = itertools.cycle(["tensorflow", "torch"])
-    for page in PAGES:
-        if BLOCK.search((ROOT / page).read_text()):
-            some = [] if page in everywhere else [pytest.mark.only(FIRST, next(turns))]
-            yield pytest.param(page, marks=some)
+    """Pages on what differs between backends run on each, the others on the first."""
+    pages = [page for page in PAGES if BLOCK.search((ROOT / page).read_text())]
+    everywhere = ["README.md", "docs/index.md", "docs/guide.md", "docs/backends.md"]
+    return once_except(pages, [*everywhere, "docs/libraries.md", "docs/devices.md"])
 
 
-@pytest.mark.parametrize("page", [*pages_with_code()])
+@pytest.mark.parametrize("page", pages_with_code())
 def test_page(page, backend, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A page may write modules, and import them, as a script does from its folder.
