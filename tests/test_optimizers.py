@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 import jaxwrap
 
-pytestmark = [pytest.mark.trains, pytest.mark.each_jax]
+pytestmark = pytest.mark.trains
 register = jaxwrap.register_serializable("tests_optimizers")
 
 
@@ -196,6 +196,7 @@ def test_what_keras_does_with_gradients_it_does_here(arguments):
     assert_close(params_of(two), params_of(one))
 
 
+@pytest.mark.each_jax
 @pytest.mark.quick
 def test_fit_is_the_native_loop():
     model = make()
@@ -215,6 +216,7 @@ def test_fit_is_the_native_loop():
     assert_close(params_of(model), params)
 
 
+@pytest.mark.each_jax
 @pytest.mark.quick
 def test_loops(mode, backend):
     """`apply`, `apply_gradients` and `stateless_apply`, eager and compiled."""

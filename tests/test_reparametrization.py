@@ -47,8 +47,6 @@ from jaxwrap.reparametrizations import (
     WeightNorm,
 )
 
-pytestmark = pytest.mark.each_jax
-
 
 @jaxwrap.register_serializable("tests")
 def keeps_half(leaf):
@@ -194,6 +192,7 @@ def test_training_moves_the_named_parts_alone(library, turn):
     np.testing.assert_allclose(to_numpy(layer(inputs)), outputs, 1e-6, 1e-6)
 
 
+@pytest.mark.each_jax
 @pytest.mark.trains
 @pytest.mark.parametrize(
     "name", once_except(["lora", "qlora", "weight norm", "masked", "own"], ["qlora", "own"])
@@ -1048,6 +1047,7 @@ def test_leaves_are_tied_in_each_library(library):
     assert len(base.trainable_weights) == len(paths)
 
 
+@pytest.mark.each_jax
 @pytest.mark.trains
 @pytest.mark.parametrize(
     "name",
