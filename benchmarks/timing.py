@@ -78,7 +78,7 @@ def _repetitions(run, seconds):
 
 def _time(run, repetitions):
     # The collector stays on, because objects that need it are a cost of the call. It looks at none of those that the
-    # other contestants keep, which on TensorFlow are millions.
+    # other contestants keep.
     gc.freeze()
     try:
         if repetitions > 1:
